@@ -1,0 +1,1 @@
+"""Networks, mixers, processes and samplers: pure functions and Flax linen modules."""

@@ -1,0 +1,179 @@
+"""The experiment schema: frozen dataclasses that a config file fills in and the command line overrides.
+
+A config file under configs/ (or a user's own .py file) defines ``config = Run(...)``. Every field here is
+read somewhere; there are no reserved options. All classes are frozen and hashable, so they can be static
+arguments of jitted functions.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from ..model.nets.transformer_vq import TransformerVQConfig
+from ..model.processes.autoregressive import Autoregressive
+
+dataclass = dataclasses.dataclass(frozen=True, kw_only=True)
+
+# Kinds of net and process a Run can hold; `lintime` reads saved configs back through these names.
+NETS = {"transformer_vq": TransformerVQConfig}
+PROCESSES = {"autoregressive": Autoregressive}
+
+
+@dataclass
+class Data:
+    """Where training sequences come from.
+
+    Attributes:
+        path: a file, a directory, a glob, or ``builtin:python-docs`` (English and code text that every
+            Python installation carries).
+        format: "auto", "text" (bytes of files), "enwik8" (100 MB file, 90/5/5 M split), "pg19"
+            (train/ validation/ test/ folders of .txt), or "images" (uint8 arrays, .npy/.npz).
+        vocab: "bytes" (259 ids: pad 0, EOS 1, unk 2, byte+3) or the path of a SentencePiece model.
+            A path that does not exist yet is trained with `vocab_size` pieces when `train_vocab` is set.
+        train_vocab: number of SentencePiece pieces to train when the `vocab` file is absent; 0 = never.
+        sequence_len: tokens T per sequence; recurrent state starts afresh at each sequence.
+        update_len: tokens U per optimiser update (truncated BPTT); 0 means U = T. Must divide T.
+        append_eos: append EOS (id 1) to every document.
+        validation_fraction: share of documents (of bytes, for a single document) held out.
+        pattern: file name pattern within a directory.
+        shuffle: visit training sequences in a seeded random order.
+        cache: folder for token files made with a SentencePiece model; "" = next to the run.
+        workers: reader processes (0 = threads in this process).
+    """
+
+    path: str = "builtin:python-docs"
+    format: str = "auto"
+    vocab: str = "bytes"
+    train_vocab: int = 0
+    sequence_len: int = 1024
+    update_len: int = 0
+    append_eos: bool = True
+    validation_fraction: float = 0.05
+    pattern: str = "**/*.txt"
+    shuffle: bool = True
+    cache: str = ""
+    workers: int = 0
+
+
+@dataclass
+class Optim:
+    """Optimiser and schedule.
+
+    Attributes:
+        name: "adamw", "lion" or "adafactor".
+        learning_rate: peak learning rate.
+        schedule: "cosine" (to 10%), "linear" (to 10%) or "constant", after `warmup` updates from 0.
+        decay_steps: updates at which the decay ends; 0 = `Run.steps`.
+        weight_decay: per-update decay. Transformer-VQ's recipe does not multiply it by the learning rate;
+            `decay_times_lr=True` gives the usual decoupled AdamW decay.
+        clip: global-norm clipping of gradients; 0 = none.
+        accumulate: micro-batches per update (rows are split, never time).
+    """
+
+    name: str = "adamw"
+    learning_rate: float = 4e-4
+    schedule: str = "cosine"
+    warmup: int = 100
+    decay_steps: int = 0
+    weight_decay: float = 0.0
+    decay_times_lr: bool = False
+    b1: float = 0.9
+    b2: float = 0.98
+    eps: float = 1e-9
+    clip: float = 0.0
+    accumulate: int = 1
+
+
+@dataclass
+class EMA:
+    """Exponential moving average of the parameters; decay 0 keeps none."""
+
+    decay: float = 0.0
+
+
+@dataclass
+class Precision:
+    """compute: dtype of activations and matmuls ("float32" or "bfloat16"); parameters stay float32."""
+
+    compute: str = "float32"
+    remat: str = "none"  # "none", "full" (recompute each layer), "dots" (keep matmul outputs)
+
+
+@dataclass
+class Mesh:
+    """Sizes of the mesh axes; -1 takes what the other axes leave of the devices."""
+
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+    sequence: int = 1
+
+
+@dataclass
+class Checkpoint:
+    """every: updates between saves (0 = only at the end); keep: latest saves kept; keep_best: best by
+    validation loss kept besides."""
+
+    every: int = 1000
+    keep: int = 3
+    keep_best: int = 1
+
+
+@dataclass
+class Eval:
+    """every: updates between validations (0 = only at the end); batches: validation batches (0 = all)."""
+
+    every: int = 1000
+    batches: int = 100
+
+
+@dataclass
+class Sample:
+    """Text sampling. Temperature 0 is greedy; top_k 0 and top_p 1 switch the filters off.
+
+    Attributes:
+        prompt: text to continue; "" starts from an empty document.
+        length: tokens to generate.
+        rows: continuations per prompt.
+        stop: stop text (checked on the decoded bytes); "" = EOS only.
+    """
+
+    prompt: str = ""
+    length: int = 400
+    rows: int = 1
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    stop: str = ""
+
+
+@dataclass
+class Log:
+    """every: updates between metric lines; tensorboard / wandb need the `track` extra."""
+
+    every: int = 50
+    tensorboard: bool = False
+    wandb: str = ""  # project name
+
+
+@dataclass
+class Run:
+    """One experiment. See the docstring of each part."""
+
+    net: Any
+    process: Any = Autoregressive()
+    data: Data = Data()
+    optim: Optim = Optim()
+    ema: EMA = EMA()
+    precision: Precision = Precision()
+    mesh: Mesh = Mesh()
+    checkpoint: Checkpoint = Checkpoint()
+    eval: Eval = Eval()
+    sample: Sample = Sample()
+    log: Log = Log()
+    seed: int = 0
+    steps: int = 1000
+    batch_size: int = 8
+    init_from: str = ""
+    stages: tuple[Run, ...] = ()
