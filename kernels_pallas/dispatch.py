@@ -1,0 +1,67 @@
+"""Which implementation of an op runs where: one table; explicit choices are obeyed or refused."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from fnmatch import fnmatchcase
+
+import jax
+
+# op -> {pattern of "platform:device kind": implementations there, the one for None first}. The
+# first matching pattern counts. "platform" is cpu, gpu or tpu; the device kind is jax's own name.
+IMPLEMENTATIONS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
+    "vq_attention": {"*": ("xla", "reference")},
+}
+
+
+def current_device() -> str:
+    """The device that the computation being traced is meant for, as "platform:device kind".
+
+    That is the device of the current mesh (which may be the described mesh of a TPU topology), else
+    `jax.default_device`, else jax's first device. `implementation=` overrides what follows from it.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    device = getattr(mesh, "abstract_device", None) or jax.config.jax_default_device
+    if device is None:
+        device = jax.devices()[0]
+    elif isinstance(device, str):  # "cpu" or "cpu:1"
+        device = jax.devices(device.partition(":")[0])[0]
+    platform = {"cuda": "gpu", "rocm": "gpu"}.get(device.platform, device.platform)
+    return f"{platform}:{device.device_kind}"
+
+
+def resolve(
+    op: str,
+    implementation: str | None,
+    available: Collection[str],
+    *,
+    device: str | None = None,
+    table: Mapping[str, Mapping[str, tuple[str, ...]]] = IMPLEMENTATIONS,
+) -> str:
+    """Name of the implementation to run.
+
+    Args:
+        op: name of the op, a key of `table`.
+        implementation: None takes the first of the table's row that is available; a name is obeyed
+            or refused, never replaced.
+        available: implementations the op has at all (names, or a mapping with the names as keys).
+        device: "platform:device kind"; None means `current_device()`.
+        table: see `IMPLEMENTATIONS`.
+
+    Raises:
+        ValueError: no such implementation for this op and device; says what there is.
+    """
+    device = current_device() if device is None else device
+    row = next((names for key, names in table[op].items() if fnmatchcase(device, key)), ())
+    here = [name for name in row if name in available]
+    if implementation is None and here:
+        return here[0]
+    if implementation in here:
+        return implementation
+    choices = ", ".join(repr(name) for name in here) or "nothing"
+    reason = "exists, but not for this device" if implementation in available else "does not exist"
+    wanted = "no implementation" if implementation is None else f"implementation={implementation!r}"
+    raise ValueError(
+        f"{op}: {wanted} {'exists' if implementation is None else reason} on {device!r}; "
+        f"there is {choices} (None picks the best)"
+    )

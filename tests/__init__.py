@@ -1,0 +1,1 @@
+"""Tests and their helpers (`tests.<module>`; run from the repository root)."""

@@ -1,0 +1,43 @@
+"""Test environment: 8 host devices on the CPU, TPU compilation without a TPU, golden vectors.
+
+Everything is set by default only: JAX_PLATFORMS=tpu or cuda runs the suite on real devices.
+"""
+
+import os
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+if os.environ["JAX_PLATFORMS"] == "cpu":
+    flags = os.environ.get("XLA_FLAGS", "")
+    if "xla_force_host_platform_device_count" not in flags:
+        os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count=8".strip()
+    # jax 0.10.2 sizes a thread pool by this; the TPU interpreter deadlocks if it is not above 8.
+    os.environ.setdefault("NPROC", "16")
+    # libtpu as a compiler only: quiet, no metadata server, several processes at once, no log files.
+    # Never set on a machine with TPUs.
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    os.environ.setdefault("TPU_LOG_DIR", "disabled")
+os.environ.setdefault("MPLBACKEND", "agg")
+
+import pathlib
+
+import pytest
+from absl import flags as absl_flags
+
+pytest.register_assert_rewrite("tests.kernel_base", "tests.aot")
+
+if not absl_flags.FLAGS.is_parsed():
+    absl_flags.FLAGS.mark_as_parsed()  # grain's worker processes ask for parsed flags
+
+
+@pytest.fixture(scope="session")
+def golden_dir() -> pathlib.Path:
+    """Folder of golden test vectors (one folder per system), named by LINTIME_GOLDEN."""
+    name = os.environ.get("LINTIME_GOLDEN")
+    if not name:
+        pytest.skip("LINTIME_GOLDEN is not set: it names the folder of golden test vectors")
+    path = pathlib.Path(name).resolve()
+    assert path.is_dir(), f"LINTIME_GOLDEN={name} is not a folder"
+    return path
