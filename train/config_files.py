@@ -1,0 +1,330 @@
+"""Finding config files, saving a run's config as JSON, and checking its values."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import importlib
+import importlib.util
+import json
+import math
+import os
+import sys
+import traceback
+import typing
+from pathlib import Path
+from typing import Any
+
+from .. import __version__
+from .errors import UserError
+from .files import write_atomic
+from .override import diff, field_types, leaves, matches, nearest, type_name
+from .schema import NETS, PROCESSES, Run
+
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+
+# Fields that may change when a run is continued; every other change needs a new run.
+CHANGEABLE = ("steps", "mesh", "log", "eval", "checkpoint", "sample")
+
+_KINDS = {"net": NETS, "process": PROCESSES}
+
+
+# ---------------------------------------------------------------- config files
+
+
+def list_configs() -> list[tuple[str, str]]:
+    """The configs that come with lintime: (name, first line of the docstring), sorted by name."""
+    found = []
+    for path in sorted(CONFIGS.rglob("*.py")):
+        if not path.name.startswith("_"):
+            text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+            name = path.relative_to(CONFIGS).with_suffix("").as_posix()
+            found.append((name, text.partition("\n")[0]))
+    return found
+
+
+def load_config(name_or_path: str) -> tuple[Run, str]:
+    """Loads a config by its name under configs/ (`transformer_vq/quickstart`) or a user's .py file.
+
+    Returns:
+        The `Run` and its name (a user's file is named by its stem).
+
+    Raises:
+        UserError: no such config or file, an error inside the file (with file and line), or no
+            `config = Run(...)` in it.
+    """
+    path = Path(name_or_path)
+    if path.suffix == ".py":
+        if not path.is_file():
+            raise UserError(f"config file {name_or_path} does not exist; check the path")
+        if not path.resolve().is_relative_to(CONFIGS):
+            return _config_of(_execute(path), name_or_path), path.stem
+        name_or_path = path.resolve().relative_to(CONFIGS).with_suffix("").as_posix()
+    names = [name for name, _ in list_configs()]
+    if name_or_path not in names:
+        hint = nearest(name_or_path, names, "/")
+        raise UserError(
+            f"unknown config {name_or_path!r}{hint or ';'} `lintime train --list` shows all configs; "
+            "a config file of your own ends in .py"
+        )
+    module = importlib.import_module(f"..configs.{name_or_path.replace('/', '.')}", __package__)
+    return _config_of(module, name_or_path), name_or_path
+
+
+def _execute(path: Path) -> Any:
+    """Runs a user's config file as a module, from its source (no stale bytecode, none left behind)."""
+    name = f"lintime_config_{path.stem}"
+    module = importlib.util.module_from_spec(importlib.util.spec_from_file_location(name, path))
+    sys.modules[name] = module  # dataclasses defined in the file look their module up
+    try:
+        exec(compile(path.read_bytes(), str(path), "exec"), module.__dict__)
+    except SyntaxError as error:
+        message = f"{error.filename}, line {error.lineno}: {type(error).__name__}: {error.msg}"
+        raise UserError(message) from error
+    except (Exception, SystemExit) as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [frame.lineno for frame in frames if frame.filename == str(path)]
+        where = f"{path}, line {lines[-1]}" if lines else str(path)
+        message = " ".join(str(error).split())
+        raise UserError(f"{where}: {type(error).__name__}: {message}") from error
+    return module
+
+
+def _config_of(module: Any, path: str) -> Run:
+    config = getattr(module, "config", None)
+    if not isinstance(config, Run):
+        got = f"; its `config` is a {type(config).__name__}" if config is not None else ""
+        raise UserError(f"{path} must define `config = Run(...)` (lintime.train.schema.Run){got}")
+    return config
+
+
+# ---------------------------------------------------------------- saved configs
+
+
+def to_json(run: Run) -> dict:
+    """The run as a JSON object: nested objects, tuples as lists, `kind` naming the net and process."""
+    return {"lintime_version": __version__, **_to_json(run)}
+
+
+def from_json(data: dict) -> Run:
+    """Inverse of `to_json`: `from_json(to_json(run)) == run`, also after a trip through a file.
+
+    Raises:
+        UserError: a field or kind that this version lacks, one that the file lacks, or a value of
+            another type, by name.
+    """
+    if not isinstance(data, dict):
+        raise UserError(f"saved config: expected an object, got {type(data).__name__}")
+    data = dict(data)
+    version = data.pop("lintime_version", "another version")
+    try:
+        return _from_json(data, Run, "")
+    except UserError as error:
+        raise UserError(
+            f"saved config: {error} (written by lintime {version}, this is {__version__})"
+        ) from None
+
+
+def save_config(run: Run, path: str | os.PathLike) -> None:
+    """Writes `to_json(run)` to `path`, atomically."""
+    write_atomic(path, json.dumps(to_json(run), indent=2, allow_nan=False) + "\n")
+
+
+def read_config(path: str | os.PathLike) -> Run:
+    """Reads a config written by `save_config`.
+
+    Raises:
+        UserError: the file is missing or damaged, or was written by a version with other fields.
+    """
+    try:
+        data = json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist; name the directory of a run with --run") from None
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise UserError(f"{path} is damaged: {error}; restore it or start anew (--fresh)") from error
+    return from_json(data)
+
+
+def check_continuation(saved: Run, requested: Run) -> None:
+    """Checks that `requested` may continue the run that `saved` started.
+
+    Only `steps`, `mesh`, `log`, `eval`, `checkpoint` and `sample` may differ. With
+    `optim.decay_steps=0` the schedule ends at `steps`, so changing `steps` bends the schedule from
+    here on; that is accepted.
+
+    Raises:
+        UserError: names every other field that differs, with both values.
+    """
+    changed = [
+        f"{path} ({old!r} -> {new!r})"
+        for path, old, new in diff(saved, requested)
+        if path.partition(".")[0] not in CHANGEABLE
+    ]
+    if changed:
+        raise UserError(
+            f"this run was started with other settings: {', '.join(changed)}; keep the saved values "
+            "to continue it, or pass --fresh to start a new run"
+        )
+
+
+def _to_json(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return [_to_json(v) for v in value]
+    if not dataclasses.is_dataclass(value):
+        return value
+    result = {name: _to_json(getattr(value, name)) for name in field_types(type(value))}
+    for field, kinds in _KINDS.items():
+        if isinstance(value, Run):
+            part = getattr(value, field)
+            kind = next((k for k, cls in kinds.items() if cls is type(part)), None)
+            if kind is None:
+                raise UserError(_unknown_kind(field, type(part).__name__, kinds))
+            result[field] = {"kind": kind, **result[field]}
+    return result
+
+
+def _from_json(data: Any, annotation: Any, path: str) -> Any:
+    if typing.get_origin(annotation) is tuple and isinstance(data, list):
+        args = typing.get_args(annotation)
+        each = [args[0]] * len(data) if args[-1] is Ellipsis else args
+        value = tuple(_from_json(d, a, f"{path}[{i}]") for i, (d, a) in enumerate(zip(data, each)))
+        data = value if len(data) == len(each) else tuple(data)
+    if not dataclasses.is_dataclass(annotation):
+        if not matches(data, annotation):
+            raise UserError(f"{path}: expected {type_name(annotation)}, got {data!r}")
+        return data
+    if not isinstance(data, dict):
+        raise UserError(f"{path or 'config'}: expected an object, got {data!r}")
+    prefix, types = f"{path}." if path else "", field_types(annotation)
+    for name in data:
+        if name not in types:
+            raise UserError(f"unknown field {prefix + name!r}{nearest(name, list(types))}")
+    fields = {}
+    for name, field_type in types.items():
+        if name not in data:
+            raise UserError(f"field {prefix + name!r} is missing")
+        part = data[name]
+        if annotation is Run and name in _KINDS:
+            part = dict(part) if isinstance(part, dict) else {}
+            kind = part.pop("kind", None)
+            if kind not in _KINDS[name]:
+                raise UserError(_unknown_kind(prefix + name, kind, _KINDS[name]))
+            field_type = _KINDS[name][kind]
+        fields[name] = _from_json(part, field_type, prefix + name)
+    return annotation(**fields)
+
+
+def _unknown_kind(path: str, kind: Any, kinds: dict) -> str:
+    return f"{path}: unknown kind {kind!r}; known kinds: {', '.join(sorted(kinds))}"
+
+
+# ---------------------------------------------------------------- values
+
+_CHOICES = {
+    "data.format": ("auto", "text", "enwik8", "pg19", "images"),
+    "optim.name": ("adamw", "lion", "adafactor"),
+    "optim.schedule": ("cosine", "linear", "constant"),
+    "precision.compute": ("float32", "bfloat16"),
+    "precision.remat": ("none", "full", "dots"),
+    "process.normalise": ("positions", "tokens"),
+    "net.head_type": ("shga", "mqa", "mha"),
+    "net.attention": ("vq", "dense", "flash"),
+    "net.reduction": ("serial", "associative", "matmul"),
+    "net.scale_on": ("logits", "features"),
+}
+
+# (what is allowed, its test, the fields)
+_RANGES = (
+    (
+        ">= 1",
+        lambda v: v >= 1,
+        "steps batch_size data.sequence_len optim.accumulate checkpoint.keep log.every "
+        "sample.length sample.rows net.vocab_size net.d_model net.n_layer net.n_head net.d_k "
+        "net.n_code net.block_len",
+    ),
+    (
+        ">= 0",
+        lambda v: v >= 0,
+        "seed data.update_len data.train_vocab data.workers optim.learning_rate optim.warmup "
+        "optim.decay_steps optim.weight_decay optim.eps optim.clip checkpoint.every "
+        "checkpoint.keep_best eval.every eval.batches sample.temperature sample.top_k net.d_v "
+        "net.mem_len net.commit_weight net.revive_below",
+    ),
+    (
+        "in [0, 1)",
+        lambda v: 0 <= v < 1,
+        "ema.decay optim.b1 optim.b2 data.validation_fraction net.codebook_decay "
+        "net.dropout_emb net.dropout_sin net.dropout_res net.dropout_layer",
+    ),
+    ("in (0, 1]", lambda v: 0 < v <= 1, "sample.top_p"),
+    ("> 1", lambda v: v > 1, "net.pe_lam"),
+    (
+        ">= 1, or -1 for all devices left",
+        lambda v: v >= 1 or v == -1,
+        "mesh.data mesh.fsdp mesh.tensor mesh.sequence",
+    ),
+)
+
+
+def validate(run: Run) -> None:
+    """Checks types, choices, ranges and divisibility of every field before anything is built.
+
+    Raises:
+        UserError: the first fault: field, value, and what to set instead.
+    """
+    values = {}
+    for path, annotation, value in leaves(run):
+        if not matches(value, annotation):
+            raise UserError(f"{path}: expected {type_name(annotation)}, got {value!r}")
+        values[path] = value
+    for path, choices in _CHOICES.items():
+        value = values.get(path, choices[0])
+        if value not in choices:
+            raise UserError(
+                f"{path}={value}: choose one of {', '.join(choices)}{nearest(value, choices)}"
+            )
+    for allowed, test, paths in _RANGES:
+        for path in paths.split():
+            if path in values and not test(values[path]):
+                raise UserError(f"{path}={values[path]} is out of range; it must be {allowed}")
+    if type(run.net) not in NETS.values():
+        raise UserError(_unknown_kind("net", type(run.net).__name__, NETS))
+    if type(run.process) not in PROCESSES.values():
+        raise UserError(_unknown_kind("process", type(run.process).__name__, PROCESSES))
+    _check_relations(run)
+    for stage in run.stages:
+        validate(stage)
+
+
+def _check_relations(run: Run) -> None:
+    data, net, mesh = run.data, run.net, run.mesh
+    _divides("data.sequence_len", data.sequence_len, "data.update_len",
+             data.update_len or data.sequence_len)
+    _divides("batch_size", run.batch_size, "optim.accumulate", run.optim.accumulate)
+    if [mesh.data, mesh.fsdp, mesh.tensor, mesh.sequence].count(-1) > 1:
+        raise UserError(
+            f"{mesh}: only one mesh axis can be -1 (all devices left); give the others their sizes"
+        )
+    if isinstance(net, NETS["transformer_vq"]):
+        if net.d_model % 2:
+            raise UserError(f"net.d_model={net.d_model} must be even (sines and cosines)")
+        if net.head_type in ("mqa", "mha"):
+            _divides("net.d_model", net.d_model, "net.d_k", net.d_k)
+        elif not net.d_v:
+            _divides("2 * net.d_model", 2 * net.d_model, "net.n_head", net.n_head)
+        if data.vocab == "bytes" and net.vocab_size < 259:
+            raise UserError(
+                f"net.vocab_size={net.vocab_size} is too small for data.vocab=bytes; "
+                "set net.vocab_size=259 (256 bytes and 3 special ids)"
+            )
+
+
+def _divides(whole_name: str, whole: int, part_name: str, part: int) -> None:
+    if whole % part:
+        divisors = [d for d in range(1, whole + 1) if whole % d == 0]
+        best = min(divisors, key=lambda d: (abs(math.log(d / part)), d))
+        raise UserError(
+            f"{whole_name}={whole} is not divisible by {part_name}={part}; set {part_name}={best}"
+        )
