@@ -81,8 +81,8 @@ def vary(tree: Any, like: Any) -> Any:
 
     A kernel with its own gradient rule needs all operands to vary alike under `shard_map` with
     `check_vma=True`: the sum over devices of a replicated operand's gradient is then inserted here,
-    by the transpose of this cast, and the kernel itself never sums over devices. Outside `shard_map`
-    this is the identity.
+    by the transpose of this cast, and the kernel itself never sums over devices. Outside of a
+    `shard_map` this is the identity.
 
     Args:
         tree: pytree of arrays.

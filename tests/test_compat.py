@@ -1,0 +1,203 @@
+"""What compat and dispatch promise, on whichever jax is installed."""
+
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental import pallas as pl
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+
+from lintime.kernels_pallas import compat, dispatch
+
+
+def test_auto_mesh_is_auto_and_takes_some_devices():
+    mesh = compat.auto_mesh((2, 2), ("data", "fsdp"))
+    assert mesh.axis_types == (AxisType.Auto, AxisType.Auto)
+    assert dict(mesh.shape) == {"data": 2, "fsdp": 2}
+    given = compat.auto_mesh((2,), ("data",), jax.devices()[2:4])
+    assert [d.id for d in given.devices] == [2, 3]
+
+
+@pytest.mark.parametrize(
+    ("shape", "names", "count", "message"),
+    [
+        ((16,), ("data",), None, r"needs 16 devices, found 8"),
+        ((2,), ("data",), 3, r"needs 2 devices, 3 were given"),
+        ((2, 2), ("data",), None, r"differ in length"),
+    ],
+)
+def test_auto_mesh_refuses(shape, names, count, message):
+    devices = None if count is None else jax.devices()[:count]
+    with pytest.raises(ValueError, match=message):
+        compat.auto_mesh(shape, names, devices)
+
+
+def test_auto_mesh_refuses_slices_that_do_not_divide_the_first_axis():
+    devices = [types.SimpleNamespace(slice_index=i // 2) for i in range(6)]
+    with pytest.raises(ValueError, match="3 slices do not divide the first mesh axis data=2"):
+        compat.auto_mesh((2, 3), ("data", "tensor"), devices)
+
+
+@jax.custom_vjp
+def _scale(w, x):
+    return w * x
+
+
+def _scale_fwd(w, x):
+    return w * x, (w, x)
+
+
+def _scale_bwd(saved, g):
+    w, x = saved
+    return jnp.sum(g * x, axis=0), g * w  # the sum over the rows of this device only
+
+
+_scale.defvjp(_scale_fwd, _scale_bwd)
+
+
+def test_vary_makes_gradients_of_replicated_weights_right_under_shard_map():
+    mesh = compat.auto_mesh((4,), ("data",))
+    w, x = jnp.arange(1.0, 5.0), jnp.linspace(-1, 1, 32).reshape(8, 4)
+
+    def sharded(w, x):
+        local = lambda w, x: _scale(compat.vary(w, like=x), x)
+        specs = {"in_specs": (P(), P("data")), "out_specs": P("data")}
+        return jax.shard_map(local, mesh=mesh, check_vma=True, **specs)(w, x)
+
+    got = jax.jit(jax.grad(lambda w: jnp.sum(jnp.sin(sharded(w, x)))))(w)
+    np.testing.assert_allclose(got, jax.grad(lambda w: jnp.sum(jnp.sin(w * x)))(w), rtol=1e-5)
+
+
+def test_vary_takes_trees_and_names_and_is_the_identity_outside_shard_map():
+    x = jnp.ones(3)
+    assert compat.vary(x, like=(x, x)) is x
+    seen = []
+
+    def local(tree):
+        seen.append(compat.varying_axes(compat.vary(tree, like={"data"})["w"]))
+        return jnp.zeros(())
+
+    mesh = compat.auto_mesh((2,), ("data",))
+    jax.shard_map(local, mesh=mesh, in_specs=P(), out_specs=P())({"w": x, "b": x})
+    assert seen == [frozenset({"data"})]
+
+
+def _double(x, interpret):
+    def body(x_ref, o_ref):
+        o_ref[...] = 2 * x_ref[...]
+
+    out = compat.out_like(x, x.shape, jnp.float32)
+    return pl.pallas_call(body, out_shape=out, interpret=interpret)(x)
+
+
+def test_pallas_kernel_in_tpu_interpreter_under_shard_map_on_all_devices():
+    mesh = compat.auto_mesh((8,), ("data",))
+    f = lambda x: _double(x, compat.interpret_mode())
+    f = jax.shard_map(f, mesh=mesh, in_specs=P("data"), out_specs=P("data"), check_vma=True)
+    x = jnp.arange(64 * 128, dtype=jnp.float32).reshape(64, 128)
+    np.testing.assert_array_equal(jax.jit(f)(x), 2 * x)
+
+
+def test_interpret_mode_of_unknown_platform():
+    with pytest.raises(NotImplementedError, match="no Pallas interpreter for npu"):
+        compat.interpret_mode("npu")
+
+
+def test_gpu_kernel_lowers_for_cuda():
+    def body(x_ref, o_ref):
+        o_ref[...] = x_ref[...] * 2
+
+    def f(x):
+        cost = pl.CostEstimate(flops=1, bytes_accessed=1, transcendentals=0)
+        out = compat.out_like(x, x.shape, x.dtype)
+        return compat.gpu_kernel(body, out_type=out, cost_estimate=cost)(x)
+
+    x = jax.ShapeDtypeStruct((128,), jnp.float32)
+    text = jax.jit(f).trace(x).lower(lowering_platforms=("cuda",)).as_text()
+    assert "mosaic_gpu" in text
+
+
+def test_enable_x64():
+    with compat.enable_x64():
+        assert jnp.zeros(1, float).dtype == jnp.float64
+        with compat.enable_x64(False):
+            assert jnp.zeros(1, float).dtype == jnp.float32
+    assert jnp.zeros(1, float).dtype == jnp.float32
+
+
+def test_set_mesh():
+    with compat.set_mesh(compat.auto_mesh((2,), ("data",))):
+        assert jax.sharding.get_abstract_mesh().axis_names == ("data",)
+    assert jax.sharding.get_abstract_mesh().empty
+
+
+def test_jaxpr_eqns_and_all_eqns():
+    def f(x):
+        y, _ = jax.lax.scan(lambda c, _: (jnp.sin(c), None), x, length=3)
+        return jax.jit(jnp.cos)(y)
+
+    for jaxpr in (jax.make_jaxpr(f)(1.0), jax.jit(f).trace(1.0).jaxpr):
+        top = [e.primitive.name for e in compat.jaxpr_eqns(jaxpr)]
+        assert top[0] == "scan" and "sin" not in top
+        assert {"scan", "sin", "cos"} <= {e.primitive.name for e in compat.all_eqns(jaxpr)}
+
+
+TABLE = {
+    "op": {
+        "gpu:NVIDIA H[12]00*": ("pallas", "xla", "reference"),
+        "tpu:*": ("xla", "pallas", "reference"),
+        "*": ("xla", "reference"),
+    }
+}
+EVERYTHING = ("reference", "xla", "pallas")
+
+
+@pytest.mark.parametrize(
+    ("device", "default"),
+    [
+        ("cpu:cpu", "xla"),
+        ("gpu:NVIDIA H200", "pallas"),
+        ("gpu:NVIDIA A100-SXM4-80GB", "xla"),
+        ("tpu:TPU v5 lite", "xla"),
+    ],
+)
+def test_resolve_none_takes_the_first_of_the_row(device, default):
+    assert dispatch.resolve("op", None, EVERYTHING, device=device, table=TABLE) == default
+    assert dispatch.resolve("op", None, ("reference",), device=device, table=TABLE) == "reference"
+
+
+def test_resolve_obeys_explicit_choices():
+    for name in EVERYTHING:
+        assert dispatch.resolve("op", name, EVERYTHING, device="tpu:TPU v4", table=TABLE) == name
+
+
+def test_resolve_never_falls_back():
+    with pytest.raises(ValueError, match=r"op: .*'pallas' exists, but not .*'cpu:cpu'.*'xla', "):
+        dispatch.resolve("op", "pallas", EVERYTHING, device="cpu:cpu", table=TABLE)
+    with pytest.raises(ValueError, match="'pallas' does not exist on 'tpu:TPU v4'"):
+        dispatch.resolve("op", "pallas", ("xla",), device="tpu:TPU v4", table=TABLE)
+    with pytest.raises(ValueError, match="'cuda' does not exist"):
+        dispatch.resolve("op", "cuda", EVERYTHING, device="cpu:cpu", table=TABLE)
+
+
+def test_every_row_of_the_real_table_ends_in_a_catch_all():
+    for op, rows in dispatch.IMPLEMENTATIONS.items():
+        assert list(rows)[-1] == "*", op
+        assert dispatch.resolve(op, None, EVERYTHING, device="gpu:Something New")
+
+
+def test_current_device_follows_mesh_and_default_device():
+    assert dispatch.current_device() == "cpu:cpu"
+    described = jax.sharding.AbstractDevice(
+        device_kind="NVIDIA H200", num_cores=None, platform="cuda"
+    )
+    mesh = jax.sharding.AbstractMesh(
+        (2,), ("data",), axis_types=(AxisType.Auto,), abstract_device=described
+    )
+    with jax.sharding.use_abstract_mesh(mesh):
+        assert dispatch.current_device() == "gpu:NVIDIA H200"
+    with jax.default_device("cpu"):
+        assert dispatch.current_device() == "cpu:cpu"
