@@ -9,6 +9,7 @@ import importlib.util
 import json
 import math
 import os
+import re
 import sys
 import traceback
 import typing
@@ -64,15 +65,15 @@ def load_config(name_or_path: str) -> tuple[Run, str]:
     if name_or_path not in names:
         hint = nearest(name_or_path, names, "/")
         raise UserError(
-            f"unknown config {name_or_path!r}{hint or ';'} `lintime train --list` shows all configs; "
-            "a config file of your own ends in .py"
+            f"unknown config {name_or_path!r}{hint or ';'} `lintime train --list` shows all "
+            "configs; a config file of your own ends in .py"
         )
     module = importlib.import_module(f"..configs.{name_or_path.replace('/', '.')}", __package__)
     return _config_of(module, name_or_path), name_or_path
 
 
 def _execute(path: Path) -> Any:
-    """Runs a user's config file as a module, from its source (no stale bytecode, none left behind)."""
+    """Runs a user's config file as a module, from its source (no bytecode cache to go stale)."""
     name = f"lintime_config_{path.stem}"
     module = importlib.util.module_from_spec(importlib.util.spec_from_file_location(name, path))
     sys.modules[name] = module  # dataclasses defined in the file look their module up
@@ -102,7 +103,7 @@ def _config_of(module: Any, path: str) -> Run:
 
 
 def to_json(run: Run) -> dict:
-    """The run as a JSON object: nested objects, tuples as lists, `kind` naming the net and process."""
+    """The run as a JSON object: tuples as lists, `kind` naming the class of net and process."""
     return {"lintime_version": __version__, **_to_json(run)}
 
 
@@ -143,7 +144,7 @@ def read_config(path: str | os.PathLike) -> Run:
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
     except ValueError as error:
-        raise UserError(f"{path} is damaged: {error}; restore it or start anew (--fresh)") from error
+        raise UserError(f"{path} is damaged ({error}); restore it or pass --fresh") from error
     return from_json(data)
 
 
@@ -160,12 +161,12 @@ def check_continuation(saved: Run, requested: Run) -> None:
     changed = [
         f"{path} ({old!r} -> {new!r})"
         for path, old, new in diff(saved, requested)
-        if path.partition(".")[0] not in CHANGEABLE
+        if re.sub(r"^(stages\[\d+\]\.)*", "", path).partition(".")[0] not in CHANGEABLE
     ]
     if changed:
         raise UserError(
-            f"this run was started with other settings: {', '.join(changed)}; keep the saved values "
-            "to continue it, or pass --fresh to start a new run"
+            f"this run was started with other settings: {', '.join(changed)}; keep the saved "
+            "values to continue it, or pass --fresh to start a new run"
         )
 
 
@@ -303,9 +304,11 @@ def _check_relations(run: Run) -> None:
     _divides("data.sequence_len", data.sequence_len, "data.update_len",
              data.update_len or data.sequence_len)
     _divides("batch_size", run.batch_size, "optim.accumulate", run.optim.accumulate)
-    if [mesh.data, mesh.fsdp, mesh.tensor, mesh.sequence].count(-1) > 1:
+    open_axes = [f"mesh.{axis}" for axis, size in vars(mesh).items() if size == -1]
+    if len(open_axes) > 1:
         raise UserError(
-            f"{mesh}: only one mesh axis can be -1 (all devices left); give the others their sizes"
+            f"{' and '.join(open_axes)} are -1, but only one mesh axis can take the devices left; "
+            f"set {open_axes[0]} to a size, for example {open_axes[0]}=1"
         )
     if isinstance(net, NETS["transformer_vq"]):
         if net.d_model % 2:

@@ -16,7 +16,8 @@ def write_error(error: OSError, path: str | os.PathLike) -> UserError:
             f"no space left on device while writing {path}; nothing already saved was lost; "
             "free space and run the same command again"
         )
-    return UserError(f"cannot write {path}: {error.strerror or error}; check the path and its rights")
+    reason = error.strerror or error
+    return UserError(f"cannot write {path}: {reason}; check the path and its permissions")
 
 
 def write_atomic(path: str | os.PathLike, content: str | bytes) -> None:

@@ -4,8 +4,8 @@ Model FLOPs utilisation (MFU) of a training step is
 
     MFU = model FLOPs per step / (seconds per step * number of devices * peak FLOP/s of a device)
 
-with model FLOPs = 3 x the FLOPs of the forward pass (one forward, two for the backward: gradients of
-activations and of weights). Work that rematerialisation repeats is not useful work, so count the
+with model FLOPs = 3 x the FLOPs of the forward pass (one forward, two for the backward: gradients
+of activations and of weights). Work that rematerialisation repeats is not useful work, so count the
 forward function alone, `3 * count_flops(forward, ...)`, rather than the traced training step, whose
 jaxpr contains the recomputation. A multiply-add is 2 FLOPs; elementwise work is not counted.
 """
@@ -18,8 +18,8 @@ from typing import Any
 
 import jax
 
-# Dense bfloat16 peak of one JAX device, FLOP/s; the first key found in `device_kind` counts. TPU v2,
-# v3 and 7x show two JAX devices per chip, so theirs is half of the chip's peak (46, 123, 2307 e12).
+# Dense bfloat16 peak of one JAX device, FLOP/s; the first key found in `device_kind` counts. TPU
+# v2, v3 and 7x show two JAX devices per chip, so theirs is half of the chip's (46, 123, 2307 e12).
 _PEAKS = {
     "tpu": {
         "v2": 23e12,
@@ -69,7 +69,7 @@ def jaxpr_flops(jaxpr: Any) -> int:
 
 
 def peak_flops(device: Any) -> float | None:
-    """Dense bfloat16 peak of a JAX device in FLOP/s; None when unknown (CPUs, other accelerators)."""
+    """Dense bfloat16 peak of a JAX device in FLOP/s; None when unknown (CPUs and others)."""
     platform = {"cuda": "gpu"}.get(device.platform, device.platform)
     kind = device.device_kind.lower()
     return next((peak for key, peak in _PEAKS.get(platform, {}).items() if key in kind), None)

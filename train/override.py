@@ -51,8 +51,8 @@ def list_fields(run: Run) -> list[tuple[str, str, Any]]:
 def diff(a: Run, b: Run) -> list[tuple[str, Any, Any]]:
     """Fields in which two runs differ, as (path, value in `a`, value in `b`).
 
-    Where a part is of another kind altogether (`net`), the part is listed once with the names of its
-    two classes.
+    Where a part is of another kind altogether (`net`), the part is listed once with the names of
+    its two classes; stages are compared one by one (`stages[0].steps`) if their number is the same.
     """
     return list(_diff(a, b, ""))
 
@@ -216,12 +216,17 @@ def _is_group(value: Any) -> bool:
     return dataclasses.is_dataclass(value) and not isinstance(value, type)
 
 
-def _diff(a: Any, b: Any, prefix: str) -> Iterator[tuple[str, Any, Any]]:
-    for name in field_types(type(a)):
-        x, y, path = getattr(a, name), getattr(b, name), prefix + name
-        if _is_group(x) and _is_group(y) and type(x) is type(y):
-            yield from _diff(x, y, path + ".")
-        elif type(x) is not type(y) and _is_group(x) and _is_group(y):
-            yield path, type(x).__name__, type(y).__name__
-        elif x != y:
-            yield path, x, y
+def _diff(a: Any, b: Any, path: str) -> Iterator[tuple[str, Any, Any]]:
+    if _is_group(a) and type(a) is type(b):
+        for name in field_types(type(a)):
+            yield from _diff(getattr(a, name), getattr(b, name), f"{path}.{name}" if path else name)
+    elif _is_group(a) or _is_group(b):
+        yield path, type(a).__name__, type(b).__name__
+    elif isinstance(a, tuple) and isinstance(b, tuple) and any(map(_is_group, a + b)):
+        if len(a) != len(b):
+            yield path, f"{len(a)} parts", f"{len(b)} parts"
+        else:
+            for i, (x, y) in enumerate(zip(a, b)):
+                yield from _diff(x, y, f"{path}[{i}]")
+    elif a != b:
+        yield path, a, b
