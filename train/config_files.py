@@ -301,8 +301,12 @@ def validate(run: Run) -> None:
 
 def _check_relations(run: Run) -> None:
     data, net, mesh = run.data, run.net, run.mesh
-    _divides("data.sequence_len", data.sequence_len, "data.update_len",
-             data.update_len or data.sequence_len)
+    _divides(
+        "data.sequence_len",
+        data.sequence_len,
+        "data.update_len",
+        data.update_len or data.sequence_len,
+    )
     _divides("batch_size", run.batch_size, "optim.accumulate", run.optim.accumulate)
     open_axes = [f"mesh.{axis}" for axis, size in vars(mesh).items() if size == -1]
     if len(open_axes) > 1:

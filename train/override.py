@@ -208,8 +208,10 @@ def _parse_as(text: str, annotation: Any) -> Any:
         if len(items) != len(args):
             raise ValueError
         return tuple(map(_parse_as, items, args))
-    raise _Unparsable(f"a {type_name(annotation)} cannot be given on the command line; "
-                      "write it in a config file of your own")
+    raise _Unparsable(
+        f"a {type_name(annotation)} cannot be given on the command line; "
+        "write it in a config file of your own"
+    )
 
 
 def _is_group(value: Any) -> bool:

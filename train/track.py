@@ -75,12 +75,15 @@ class Tracker:
             raise write_error(error, self.path) from error
         self._bar = None
         if self._stream.isatty():
+            known = _columns(self._stream) > 0  # some terminals report no width
             self._bar = tqdm(
                 total=total_steps,
                 initial=resume_step,
                 file=self._stream,
-                dynamic_ncols=True,
-                bar_format="{n_fmt}/{total_fmt} {bar:20} {desc}",
+                ncols=None if known else 80,
+                nrows=None if known else 20,
+                dynamic_ncols=known,
+                bar_format="{n_fmt}/{total_fmt} {bar} {desc}",
             )
 
     def log(self, step: int, metrics: Mapping[str, Any]) -> None:
@@ -287,16 +290,21 @@ def _parse(raw: bytes) -> dict | None:
 
 
 def _smooth(values: np.ndarray, span: float = 20.0) -> np.ndarray:
-    """Exponential moving average over about `span` points (fewer on short curves), bias-corrected;
-    values that are not finite are skipped."""
-    decay = 1 - 2 / (1 + min(span, max(2.0, len(values) / 4)))
-    total = weight = 0.0
-    result = []
-    for value in values:
-        if math.isfinite(value):
-            total, weight = decay * total + (1 - decay) * value, decay * weight + 1 - decay
-        result.append(total / weight if weight else math.nan)
-    return np.asarray(result)
+    """Exponential moving average over about `span` points (fewer on short curves), run in both
+    directions so that it does not lag; values that are not finite are skipped."""
+    if not np.isfinite(values).any():
+        return values
+    decay = 1 - 2 / (1 + min(span, max(2.0, len(values) / 10)))
+
+    def one_way(sequence):
+        total = weight = 0.0
+        for value in sequence:
+            if math.isfinite(value):
+                total, weight = decay * total + (1 - decay) * value, decay * weight + 1 - decay
+            yield total / weight if weight else math.nan
+
+    forward, backward = list(one_way(values)), list(one_way(values[::-1]))[::-1]
+    return np.nanmean([forward, backward], axis=0)
 
 
 def _eta(times: Sequence[tuple[int, float]], step: int, total: int) -> str:
@@ -305,6 +313,13 @@ def _eta(times: Sequence[tuple[int, float]], step: int, total: int) -> str:
         return ""
     seconds = (times[-1][1] - times[0][1]) / (times[-1][0] - times[0][0]) * max(0, total - step)
     return f"ETA {tqdm.format_interval(seconds)}"
+
+
+def _columns(stream: TextIO) -> int:
+    try:
+        return os.get_terminal_size(stream.fileno()).columns
+    except (OSError, ValueError):
+        return 0
 
 
 def _short(number: float) -> str:
