@@ -1,4 +1,4 @@
-"""Training and evaluation data: files of text, enwik8, PG-19, images; every batch a pure function of its step.
+"""Training and evaluation data: every batch is a pure function of seed, step and row.
 
 `open_data(config, split=..., seed=..., batch_size=...)` is the way in.
 """

@@ -1,8 +1,9 @@
 """`builtin:python-docs`: English and code that every Python installation carries.
 
-The documents are the language reference shown by `help()` (`pydoc_data.topics`) and the sources of the
-standard library's pure Python modules, about 9 MB. Their exact content depends on the Python version; the data
-fingerprint holds a content hash, so a run is not silently continued on another version's texts.
+The documents are the language reference shown by `help()` (`pydoc_data.topics`) and the sources of
+the standard library's pure Python modules, about 8 MB. Their exact content depends on the Python
+version; the data fingerprint holds a content hash, so a run is not silently continued on another
+version's texts.
 """
 
 from __future__ import annotations
@@ -17,9 +18,9 @@ from .documents import Segment, reason
 
 # Packages read besides the top-level modules; one that a Python version lacks is left out.
 PACKAGES = (
-    "asyncio", "collections", "concurrent", "dbm", "email", "html", "http", "importlib", "json", "logging",
-    "multiprocessing", "pathlib", "re", "sqlite3", "tomllib", "unittest", "urllib", "wsgiref", "xml",
-    "xmlrpc", "zipfile", "zoneinfo",
+    "asyncio", "collections", "concurrent", "dbm", "email", "html", "http", "importlib", "json",
+    "logging", "multiprocessing", "pathlib", "re", "sqlite3", "tomllib", "unittest", "urllib",
+    "wsgiref", "xml", "xmlrpc", "zipfile", "zoneinfo",
 )  # fmt: skip
 _TESTS = {"test", "tests"}
 
@@ -28,7 +29,7 @@ _TESTS = {"test", "tests"}
 def python_docs() -> tuple[Segment, ...]:
     """All documents in a fixed order (help topics, then files, both by name), each one in memory.
 
-    Exact duplicates are dropped, so that no document is in both the training and the validation split.
+    Duplicates are dropped, so that no text is in both the training and the validation split.
 
     Raises:
         UserError: this Python installation carries neither.
@@ -41,7 +42,8 @@ def python_docs() -> tuple[Segment, ...]:
             documents.append(Segment(name, data, 0, len(data)))
     if not documents:
         raise UserError(
-            "this Python installation carries no library sources or help topics; set data.path to a text file"
+            "this Python installation carries no library sources or help topics; "
+            "set data.path to a text file"
         )
     return tuple(documents)
 
@@ -51,12 +53,20 @@ def _topics() -> dict[str, bytes]:
         from pydoc_data.topics import topics
     except ImportError:
         return {}
-    return {f"topics/{name}": topics[name].encode("utf-8", "replace") for name in sorted(topics)}
+    # Many topics are sections of larger ones ("while" of "compound"): keep what is mostly new.
+    kept, seen = {}, set()
+    for name in sorted(topics, key=lambda name: (-len(topics[name]), name)):
+        paragraphs = [p for p in topics[name].split("\n\n") if len(p) >= 60]
+        repeated = sum(len(p) for p in paragraphs if p in seen)
+        if repeated <= 0.2 * len(topics[name]):
+            seen.update(paragraphs)
+            kept[f"topics/{name}"] = topics[name].encode("utf-8", "replace")
+    return dict(sorted(kept.items()))
 
 
 def _sources() -> dict[str, bytes]:
     library = Path(sysconfig.get_paths()["stdlib"])
-    # The standard library's own modules only: distributions and build systems put other files beside them.
+    # Its own modules only: distributions and build systems put other files beside them.
     files = [path for path in library.glob("*.py") if path.stem in sys.stdlib_module_names]
     for package in PACKAGES:
         files += [

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,7 +18,7 @@ from .documents import content_hash
 from .sources import find_documents, resolve_format
 from .stream import ByteTokens, TokenStream, gather
 from .tokens import progress, text_chunks, tokenise
-from .vocab import SPECIAL, ByteVocab, SentencePieceVocab, load_vocab, train_sentencepiece
+from .vocab import ByteVocab, SentencePieceVocab, load_vocab, train_sentencepiece
 
 FORMAT_VERSION = 1  # of the batches: raise it when the same config would give other ones
 _ENDLESS = 2**62
@@ -25,9 +27,10 @@ _ENDLESS = 2**62
 class Batches:
     """What the reader threads and processes hold: the stream and the order in which it is visited.
 
-    Training sequences form an endless order: every epoch is a new seeded permutation (or the stream's own
-    order). Element g*B + r of it is row r of sequence batch g, which lasts for T/U updates: update u is part
-    u % (T/U) of sequence batch u // (T/U), so row r of update u continues row r of update u - 1.
+    Training sequences form an endless order: every epoch is a new seeded permutation (or the
+    stream's own order). Element g*B + r of it is row r of sequence batch g, which lasts for T/U
+    updates: update u is part u % (T/U) of sequence batch u // (T/U), so row r of update u continues
+    row r of update u - 1.
     """
 
     def __init__(
@@ -88,7 +91,8 @@ class LMDataset:
         fingerprint: JSON-able dict; a restored run's must be equal.
         updates_per_sequence: T/U for training, 1 for evaluation.
         num_batches: batches of an evaluation split; None for training, which is endless.
-        num_sequences, num_tokens, num_bytes, num_documents: size of the split (tokens with the EOS).
+        num_sequences, num_tokens, num_bytes, num_documents: size of the split; the EOS count as
+            tokens, not as bytes.
         documents: the split's raw bytes (`lengths`, `read`).
     """
 
@@ -107,8 +111,8 @@ class LMDataset:
             rows: [R] row numbers in 0..batch_size-1, in any order.
 
         Returns:
-            inputs, targets, mask, segment_ids: [R, U] int32; start: [R] bool, True where the update begins a
-            new sequence. Evaluation: U = T, and rows past the end are all zero.
+            inputs, targets, mask, segment_ids: [R, U] int32; start: [R] bool, True where the
+            update begins a new sequence. Evaluation: U = T, and rows past the end are all zero.
         """
         return self.batches.read(step, self._check_rows(rows))
 
@@ -154,21 +158,22 @@ def open_data(
 
     Args:
         config: the data section of a Run.
-        split: "train" (endless, shuffled, updates of `update_len` tokens), "validation" or "test" (whole
-            sequences in order, each once, the last batch filled with dummy rows).
+        split: "train" (endless, shuffled, updates of `update_len` tokens), "validation" or "test"
+            (whole sequences in order, each once, the last batch filled with dummy rows).
         seed: of the training order.
         batch_size: global rows B.
         cache: folder for token files and unpacked arrays where `config.cache` is "".
 
-    Training drops the tokens after the last whole sequence; evaluation keeps them, padded. No EOS is appended
-    to enwik8-format data (one document cut by position) or to images, whatever `append_eos` says.
+    Training drops the tokens after the last whole sequence; evaluation keeps them, padded. No EOS
+    is appended to enwik8-format data (one document cut by position) or to images, whatever
+    `append_eos` says.
 
     Raises:
-        UserError: whatever the user can mend: missing or empty data, too little of it, lengths that do not
-            divide, a vocabulary that is missing.
+        UserError: whatever the user can mend: missing or empty data, too little of it, lengths that
+            do not divide, a vocabulary that is missing.
     """
     _check_lengths(config, batch_size)
-    cache = Path(config.cache or cache)
+    config, cache = _expand(config, cache)
     kind = resolve_format(config)
     documents = find_documents(config, split, cache=cache)
     if kind == "images" and config.vocab != "bytes":
@@ -185,8 +190,8 @@ def open_data(
     count = stream.num_sequences(config.sequence_len, drop_remainder=training)
     if count == 0:
         raise UserError(
-            f"the {split} split of {config.path} has {len(stream):,} tokens, less than one sequence of "
-            f"data.sequence_len={config.sequence_len}; set data.sequence_len (and net.block_len) to at most "
+            f"the {split} split of {config.path} has {len(stream)} tokens, less than one sequence "
+            f"(data.sequence_len={config.sequence_len}); set data.sequence_len to at most "
             f"{len(stream)}, or use more data"
         )
     shuffle = training and config.shuffle
@@ -224,10 +229,10 @@ def open_data(
 def prepare_data(config: Data, *, cache: str | Path = "runs/cache") -> None:
     """Does the slow part of `open_data` ahead: trains the vocabulary and tokenises every split.
 
-    On several hosts with one file system, run it in the first process and let the others wait: it is safe
-    but wasteful to run in all of them.
+    On several hosts with one file system, run it in the first process and let the others wait: it
+    is safe but wasteful to run in all of them.
     """
-    cache = Path(config.cache or cache)
+    config, cache = _expand(config, cache)
     train = find_documents(config, "train", cache=cache)
     vocab = _open_vocab(config, train, cache)
     if isinstance(vocab, SentencePieceVocab):
@@ -237,8 +242,15 @@ def prepare_data(config: Data, *, cache: str | Path = "runs/cache") -> None:
                 tokenise(find_documents(config, split, cache=cache), vocab, cache)
 
 
+def _expand(config: Data, cache: str | Path) -> tuple[Data, Path]:
+    """Replaces ~ in the paths (shells leave `data.path=~/file` alone), and picks the cache."""
+    path, vocab = os.path.expanduser(config.path), os.path.expanduser(config.vocab)
+    cache = Path(os.path.expanduser(config.cache or cache))
+    return dataclasses.replace(config, path=path, vocab=vocab), cache
+
+
 def _open_vocab(config: Data, train_documents, cache: Path) -> ByteVocab | SentencePieceVocab:
-    """Loads `config.vocab`, training it on the training split first if it is absent and that is asked for."""
+    """Loads `config.vocab`, first training it if it is absent and `train_vocab` asks for it."""
     if config.vocab != "bytes" and config.train_vocab > 0 and not Path(config.vocab).exists():
         if train_documents is None:
             train_documents = find_documents(config, "train", cache=cache)
@@ -261,7 +273,8 @@ def _check_lengths(config: Data, batch_size: int) -> None:
         raise UserError(f"data.sequence_len={length} must be at least 1")
     if update < 0 or (update and length % update):
         raise UserError(
-            f"data.update_len={update} does not divide data.sequence_len={length}; use a divisor, or 0 for all"
+            f"data.update_len={update} does not divide data.sequence_len={length}; "
+            "use a divisor, or 0 for whole sequences"
         )
     if batch_size < 1:
         raise UserError(f"batch_size={batch_size} must be at least 1")
@@ -270,21 +283,16 @@ def _check_lengths(config: Data, batch_size: int) -> None:
 
 
 def raw_validation_bytes(dataset: LMDataset, batches: int | None = None) -> bytes:
-    """The bytes that an evaluation over `batches` batches (None = all) predicts, without the EOS tokens.
+    """The bytes that an evaluation over the first `batches` batches (None = all) predicts.
 
-    Compressing them (`gzip_bits_per_byte`) gives a yardstick on exactly the same data as the model's bits
-    per byte. Byte vocabulary only.
+    They hold no EOS. Compressing them (`gzip_bits_per_byte`) gives a yardstick on exactly the data
+    of the model's bits per byte. With SentencePiece: the text as the vocabulary decodes it.
     """
-    if not isinstance(dataset.vocab, ByteVocab):
-        raise ValueError(
-            "raw bytes of a number of batches are defined for the byte vocabulary only"
-        )
     stream, plan = dataset.batches.stream, dataset.batches
     stop = len(stream)
     if batches is not None:
         stop = min(stop, batches * plan.batch_size * plan.sequence_len)
-    tokens = stream.read(0, stop)
-    return (tokens[tokens >= SPECIAL] - SPECIAL).astype(np.uint8).tobytes()
+    return dataset.vocab.decode(stream.read(0, stop))
 
 
 def gzip_bits_per_byte(data: bytes) -> float:

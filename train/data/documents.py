@@ -5,9 +5,9 @@ A *document collection* has
     lengths: [N] int64, bytes per document
     read(i, start, stop) -> [stop - start] uint8, bytes of document i
 
-and nothing else. `ByteDocuments` (here) serves files and in-memory texts, `images.ImageDocuments` arrays of
-images. Files are memory-mapped on first use and only a few stay mapped, so a corpus of tens of thousands of
-books needs neither its size in memory nor one file descriptor per book.
+and nothing else. `ByteDocuments` (here) serves files and in-memory texts, `images.ImageDocuments`
+arrays of images. Files are memory-mapped on first use and only a few stay mapped, so a corpus of
+tens of thousands of books needs neither its size in memory nor one file descriptor per book.
 """
 
 from __future__ import annotations
@@ -23,13 +23,14 @@ from typing import NamedTuple
 import numpy as np
 
 from ..errors import UserError
+from ..files import write_error
 
 FULL_HASH_BYTES = 64 * 2**20  # up to this total the content hash reads everything
 _SAMPLES, _SAMPLE_BYTES = 1024, 16 * 2**10
 
 
 class Segment(NamedTuple):
-    """One document: bytes [start, stop) of a file (`source` is its path) or of in-memory `source` bytes."""
+    """One document: bytes [start, stop) of the file at path `source`, or of the bytes `source`."""
 
     name: str
     source: str | bytes
@@ -85,8 +86,8 @@ class ByteDocuments:
 def content_hash(documents) -> str:
     """sha256 over the documents' lengths and bytes.
 
-    Above 64 MiB in total the bytes are 1,024 samples of 16 KiB at even distances instead of everything, so
-    that a run on a large corpus starts at once; sizes always count.
+    Above 64 MiB in total the bytes are 1,024 samples of 16 KiB at even distances instead of
+    everything, so that a run on a large corpus starts at once; sizes always count.
     """
     digest = hashlib.sha256(np.asarray(documents.lengths, "<i8").tobytes())
     ends = np.cumsum(documents.lengths)
@@ -104,7 +105,11 @@ def content_hash(documents) -> str:
 
 
 def write_atomically(path: Path, write: Callable) -> None:
-    """Calls `write(file)` on a temporary file beside `path` and renames it: complete or not there at all."""
+    """Calls `write(file)` on a temporary file beside `path` and renames it: all of it or nothing.
+
+    Raises:
+        UserError: the disk is full or the path cannot be written.
+    """
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -112,8 +117,6 @@ def write_atomically(path: Path, write: Callable) -> None:
             write(file)
         os.replace(temporary, path)
     except OSError as error:
-        raise UserError(
-            f"cannot write {path}: {reason(error)}; free space there or set data.cache to another folder"
-        ) from error
+        raise write_error(error, path) from error
     finally:
         temporary.unlink(missing_ok=True)

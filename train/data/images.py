@@ -1,4 +1,4 @@
-"""Arrays of RGB images as documents: each image is H*W*3 bytes in row-major height, width, channel order."""
+"""Arrays of RGB images as documents: H*W*3 bytes each, row-major height, width, channel."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ def _map_array(path: str) -> np.ndarray:
 class ImageDocuments:
     """Images as byte documents, all of `shape` [H, W, 3].
 
-    Arrays are [N, H, W, 3], or [N, 3*H*W] with the three colour planes one after the other (the layout of
-    the downsampled ImageNet files).
+    Arrays are [N, H, W, 3], or [N, 3*H*W] with the three colour planes one after the other (the
+    layout of the downsampled ImageNet files).
     """
 
     def __init__(self, ranges: list[ArrayRange], shape: tuple[int, int, int]):
@@ -69,15 +69,15 @@ def is_array_file(path: str | Path) -> bool:
 def find_images(config: Data, split: str, *, cache: Path) -> ImageDocuments:
     """The images of one split.
 
-    In a folder, files whose name contains "test", "val" or "train" are that split. Without a validation file
-    the last `validation_fraction` of the training images is validation; without a test file test is
-    validation. (For the division of the ImageNet64 literature rename val_data.npz to test_data.npz and set
-    `validation_fraction` to 81167/1281167.) An .npz member is unpacked into `cache` once, so that it can be
-    memory-mapped.
+    In a folder, files whose name contains "test", "val" or "train" are that split. Without a
+    validation file the last `validation_fraction` of the training images is validation; without a
+    test file test is validation. (For the division of the ImageNet64 literature rename val_data.npz
+    to test_data.npz and set `validation_fraction` to 81167/1281167.) An .npz member is unpacked
+    into `cache` once, so that it can be memory-mapped.
 
     Raises:
-        UserError: no array, arrays of another type or shape, images that are not `sequence_len` tokens long,
-            or a split without images.
+        UserError: no array, arrays of another type or shape, images that are not `sequence_len`
+            tokens long, or a split without images.
     """
     path = Path(config.path)
     if path.is_dir():
@@ -103,8 +103,8 @@ def find_images(config: Data, split: str, *, cache: Path) -> ImageDocuments:
     tokens = math.prod(shape)
     if config.sequence_len != tokens:
         raise UserError(
-            f"data.sequence_len={config.sequence_len}, but images of shape {shape} have {tokens} tokens each; "
-            f"set data.sequence_len={tokens}"
+            f"data.sequence_len={config.sequence_len}, but images of shape {shape} have {tokens} "
+            f"tokens each; set data.sequence_len={tokens}"
         )
     if not arrays["validation"]:
         arrays["train"], arrays["validation"] = _split_tail(
@@ -167,13 +167,13 @@ def _image_shape(shape, dtype, file) -> tuple[int, tuple[int, int, int]]:
         if side and 3 * side * side == shape[1]:
             return shape[0], (side, side, 3)
     raise UserError(
-        f"{file} holds a {dtype} array of shape {tuple(shape)}; images must be uint8 [N, H, W, 3], or "
-        "[N, 3*H*W] with square colour planes"
+        f"{file} holds a {dtype} array of shape {tuple(shape)}; images must be uint8 [N, H, W, 3], "
+        "or [N, 3*H*W] with square colour planes"
     )
 
 
 def _unpacked(file: Path, cache: Path) -> str:
-    """Path of an .npy file with the file's images: itself, or an .npz member copied into `cache`."""
+    """Path of an .npy file with the images: `file`, or its .npz member copied into `cache`."""
     size = file_size(file)
     if size == 0:
         raise UserError(f"{file} is empty (0 bytes); save the images again")
@@ -199,7 +199,7 @@ def _unpacked(file: Path, cache: Path) -> str:
 
 
 def _image_member(archive: zipfile.ZipFile, file: Path) -> str:
-    """Name of the member that holds images: "data" if there is one, else the only array that fits."""
+    """Name of the member with the images: "data" if there is one, else the only array that fits."""
     names = [name for name in archive.namelist() if name.endswith(".npy")]
     if "data.npy" in names:
         return "data.npy"
@@ -221,6 +221,7 @@ def _image_member(archive: zipfile.ZipFile, file: Path) -> str:
     if len(fitting) != 1:
         held = ", ".join(name.removesuffix(".npy") for name in names) or "nothing"
         raise UserError(
-            f"{file} should hold one uint8 image array but holds {held}; save the images alone as 'data'"
+            f"{file} should hold one uint8 image array but holds {held}; save the images alone as "
+            "'data'"
         )
     return fitting[0]

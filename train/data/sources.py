@@ -1,10 +1,10 @@
-"""Finds the documents of one split: built-in texts, files, globs, directories, enwik8, PG-19, images.
+"""Finds the documents of one split: built-in texts, files, folders, enwik8, PG-19, images.
 
 How documents are divided when the data does not come divided:
 
 * one document (a single text file): the last `validation_fraction` of its bytes is validation;
-* several documents: a stable hash of each one's name decides, about `validation_fraction` of them go to
-  validation, and a document never changes sides when others are added.
+* several documents: a stable hash of each one's name decides, about `validation_fraction` of them
+  go to validation, and a document never changes sides when others are added.
 
 Where there is no test split, test is the validation split.
 """
@@ -51,7 +51,8 @@ def resolve_format(config: Data) -> str:
         return "builtin"
     if not _is_glob(path) and not os.path.exists(path):
         raise UserError(
-            f"data.path={path!r} does not exist (looked in {os.getcwd()}); correct it or use {BUILTIN!r}"
+            f"data.path={path!r} does not exist (looked in {os.getcwd()}); correct it or use "
+            f"{BUILTIN!r}"
         )
     if config.format != "auto":
         return config.format
@@ -101,10 +102,10 @@ def find_documents(config: Data, split: str, *, cache: Path) -> ByteDocuments | 
 
 
 def split_by_hash(segments, fraction: float, split: str) -> list[Segment]:
-    """The documents on one side: validation are those whose name hashes below `fraction` of the range.
+    """The documents on one side; those whose name hashes below `fraction` are validation.
 
-    With few documents the rule may leave one side empty; then the nearest document in hash order moves
-    there, so that two or more documents always give both sides (unless `fraction` is 0).
+    With few documents the rule may leave one side empty; then the nearest document in hash order
+    moves there, so that two or more documents always give both sides (unless `fraction` is 0).
     """
     if fraction == 0:
         return list(segments) if split == "train" else []
@@ -118,21 +119,23 @@ def split_by_hash(segments, fraction: float, split: str) -> list[Segment]:
 
 
 def _stable_hash(name: str) -> float:
-    """A number in [0, 1) that depends on the name only: not on process, platform or Python version."""
+    """A number in [0, 1) that depends on the name only, not on process, platform or Python."""
     digest = hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()
     return int.from_bytes(digest[:6], "big") / 2**48
 
 
 def _enwik8(path: str, split: str) -> Segment:
-    """The standard division of enwik8 and text8: the first 90 million bytes, the next 5, the last 5.
+    """The standard division of enwik8 and text8: 90, 5 and 5 million bytes.
 
-    It is one document and the division is by position: no EOS is ever appended (`append_eos` is ignored).
+    It is one document and the division is by position: no EOS is ever appended (`append_eos` is
+    ignored).
     """
     size = file_size(path) if os.path.isfile(path) else None
     if size != ENWIK8_BYTES:
         found = "a folder" if size is None else f"{size:,} bytes"
         raise UserError(
-            f"data.format='enwik8' needs the raw file of {ENWIK8_BYTES:,} bytes, but {path} is {found}; "
+            f"data.format='enwik8' needs the raw file of {ENWIK8_BYTES:,} bytes, "
+            f"but {path} is {found}; "
             "unpack the original file, or set data.format=text"
         )
     first, last = _ENWIK8_CUTS[split]
@@ -201,7 +204,7 @@ def _subfolder(root: Path, split: str) -> Path | None:
 
 
 def _directory(root: Path, pattern: str) -> list[Segment]:
-    """Files below `root` that match `pattern`, by relative path; hidden ones (.git, ...) are left out."""
+    """Files below `root` that match `pattern`, by relative path; hidden ones are left out."""
     segments = [_file(path, name) for name, path in sorted(_match(root, pattern).items())]
     if not segments:
         endings = Counter(path.suffix or "no ending" for path in _match(root, "**/*").values())
@@ -223,7 +226,8 @@ def _match(root: Path, pattern: str) -> dict[str, Path]:
         }
     except (ValueError, NotImplementedError) as error:
         raise UserError(
-            f"data.pattern={pattern!r} is not a file name pattern ({error}); use for example '**/*.txt'"
+            f"data.pattern={pattern!r} is not a file name pattern ({error}); use for example "
+            "'**/*.txt'"
         ) from error
     except OSError as error:
         raise UserError(f"cannot search {root}: {reason(error)}; check its permissions") from error

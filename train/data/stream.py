@@ -1,7 +1,7 @@
 """The token stream of a split, cut into training sequences.
 
-Every document, followed by EOS where `append_eos` is set, is laid end to end in one stream; sequence i is its
-tokens [i*T, (i+1)*T). These are the targets. From them follow (`features`)
+Every document, followed by EOS where `append_eos` is set, is laid end to end in one stream;
+sequence i is its tokens [i*T, (i+1)*T). These are the targets. From them follow (`features`)
 
     inputs       = [EOS] + targets[:-1]
     segment_ids  = cumsum(inputs == EOS)          document number within the sequence, from 1
@@ -58,7 +58,7 @@ class TokenStream:
         return int(self._ends[-1]) if len(self._ends) else 0
 
     def num_sequences(self, sequence_len: int, *, drop_remainder: bool) -> int:
-        """Sequences of `sequence_len` tokens; without `drop_remainder` the last one may be partial."""
+        """Number of sequences; without `drop_remainder` the last one may be partial."""
         return len(self) // sequence_len if drop_remainder else -(-len(self) // sequence_len)
 
     def read(self, start: int, stop: int) -> np.ndarray:
@@ -101,7 +101,7 @@ def gather(
     part: int = 0,
     parts: int = 1,
 ) -> dict[str, np.ndarray]:
-    """Part `part` of `parts` equal parts of the sequences numbered `indices` [R]: a dict of [R, T/parts].
+    """The sequences numbered `indices` [R], or part `part` of `parts` of them: [R, T/parts] each.
 
     An index of `count` or more gives a dummy row: all zero, mask included.
     """
@@ -128,9 +128,10 @@ def pack_documents(
     append_eos: bool,
     drop_remainder: bool = False,
 ) -> dict[str, np.ndarray]:
-    """Packs documents of token ids into sequences: inputs, targets, segment_ids, mask, each [n, T] int32.
+    """Packs documents of token ids into sequences.
 
-    The last sequence is padded with 0, or left out with `drop_remainder`.
+    Returns inputs, targets, segment_ids and mask, each [n, T] int32. The last
+    sequence is padded with 0, or left out with `drop_remainder`.
     """
     stream = TokenStream(ArrayTokens(documents), append_eos=append_eos)
     count = stream.num_sequences(sequence_len, drop_remainder=drop_remainder)
@@ -138,7 +139,7 @@ def pack_documents(
 
 
 def evaluation_batches(sequences: dict[str, np.ndarray], batch_size: int) -> dict[str, np.ndarray]:
-    """Sequences [n, T] in order as batches [ceil(n/B), B, T]; the last one is filled with rows of zeros."""
+    """Sequences [n, T] as batches [ceil(n/B), B, T] in order, the last one filled with zeros."""
     count = len(sequences["targets"])
     indices = np.arange(-(-count // batch_size) * batch_size).reshape(-1, batch_size)
     rows = {name: value[np.minimum(indices, count - 1)] for name, value in sequences.items()}
@@ -146,5 +147,5 @@ def evaluation_batches(sequences: dict[str, np.ndarray], batch_size: int) -> dic
 
 
 def image_tokens(image: np.ndarray) -> np.ndarray:
-    """An image [H, W, C] uint8 as [H*W*C] int32 tokens: row-major height, width, channel; byte + 3."""
+    """An image [H, W, C] uint8 as [H*W*C] int32 tokens: row-major, byte + 3."""
     return np.asarray(image, np.uint8).reshape(-1).astype(np.int32) + SPECIAL

@@ -1,4 +1,4 @@
-"""Token files: a SentencePiece vocabulary's ids of every document, made once and memory-mapped from then on."""
+"""Token files: a SentencePiece vocabulary's ids of every document, made once, then mapped."""
 
 from __future__ import annotations
 
@@ -49,8 +49,9 @@ def _map_tokens(path: str, dtype: str) -> np.ndarray:
 def tokenise(documents, vocab: SentencePieceVocab, cache: Path) -> TokenFile:
     """The documents' tokens, from `cache` if they are there, else made and kept there.
 
-    The file's name is a hash of content and vocabulary, so a changed text or model is tokenised anew. The
-    index is written last, and both by rename: an interrupted run leaves nothing that looks complete.
+    The file's name is a hash of content and vocabulary, so a changed text or model is tokenised
+    anew. The index is written last, and both by rename: an interrupted run leaves nothing that
+    looks complete.
     """
     dtype = np.dtype("<u2" if vocab.size < 2**16 else "<u4")
     key = json.dumps([_FORMAT, content_hash(documents), vocab.fingerprint], sort_keys=True)
@@ -90,8 +91,11 @@ def _write_tokens(file, documents, vocab, dtype, lengths) -> None:
 
 
 def text_chunks(documents, i: int) -> Iterator[str]:
-    """Document i as text, in pieces of about 1 MiB that end after a newline (or after a space, in lines
-    longer than that, or anywhere as the last resort). Bytes that are not UTF-8 become U+FFFD."""
+    """Document i as text in pieces of about 1 MiB.
+
+    A piece ends after a newline; in longer lines before a space, or anywhere as the last resort.
+    Bytes that are not UTF-8 become U+FFFD.
+    """
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     length, held = int(documents.lengths[i]), ""
     for start in range(0, length, _CHUNK):
@@ -99,7 +103,7 @@ def text_chunks(documents, i: int) -> Iterator[str]:
         held += decoder.decode(documents.read(i, start, stop).tobytes(), final=stop == length)
         cut = len(held)
         if stop < length:
-            cut = held.rfind("\n") + 1 or held.rfind(" ") + 1 or cut
+            cut = held.rfind("\n") + 1 or max(held.rfind(" "), 0) or cut
         if cut:
             yield held[:cut]
         held = held[cut:]
@@ -115,7 +119,7 @@ def progress(total: int, what: str) -> tqdm:
         desc=what,
         unit="B",
         unit_scale=True,
-        leave=False,
+        leave=not terminal,
         delay=1 if terminal else 30,
         mininterval=0.5 if terminal else 30,
         bar_format=None

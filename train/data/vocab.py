@@ -1,8 +1,13 @@
-"""Vocabularies: bytes, or SentencePiece pieces. Ids 0, 1, 2 are pad, EOS (end of document) and unknown.
+"""Vocabularies: bytes, or SentencePiece pieces.
 
-A vocabulary has `.size`, `.eos`, `.encode(text) -> [n] int32` (no EOS added), `.decode(ids) -> bytes` and
-`.fingerprint` (JSON-able; equal exactly if the ids mean the same). Decoding is per token:
-decode(a + b) = decode(a) + decode(b), so text can be streamed.
+Ids 0, 1, 2 are pad, EOS (end of document) and unknown. A vocabulary has
+
+    size, pad, eos, unk     numbers
+    encode(text)            -> [n] int32 ids of bytes or str, no EOS added
+    decode(ids)             -> bytes
+    fingerprint             JSON-able; equal exactly if the ids mean the same
+
+Decoding is per token: decode(a + b) = decode(a) + decode(b), so text can be streamed.
 """
 
 from __future__ import annotations
@@ -53,7 +58,7 @@ class ByteVocab:
 
 
 class SentencePieceVocab:
-    """A SentencePiece model with pad 0, EOS 1, unknown 2 (models made by `train_sentencepiece`, or T5's).
+    """A SentencePiece model with pad 0, EOS 1, unknown 2: `train_sentencepiece`'s, or T5's.
 
     Args:
         path: the .model file.
@@ -69,8 +74,8 @@ class SentencePieceVocab:
             self._model = Path(path).read_bytes()
         except OSError as error:
             raise UserError(
-                f"cannot read the vocabulary {path}: {reason(error)}; correct data.vocab, or set "
-                "data.train_vocab (for example 32000) to train one there"
+                f"cannot read the vocabulary {path}: {reason(error)}; set data.vocab=bytes or "
+                "the path of a model, or data.train_vocab=32000 to train one there"
             ) from error
         self.path = str(path)
         self._load()
@@ -85,8 +90,8 @@ class SentencePieceVocab:
             ) from error
         if ids != (PAD, EOS, UNK):
             raise UserError(
-                f"{self.path} has pad, EOS, unknown = {ids}, but 0, 1, 2 are needed; train a model with "
-                "data.train_vocab, or use one that reserves these ids"
+                f"{self.path} has pad, EOS, unknown = {ids}, but 0, 1, 2 are needed; train one "
+                "with data.train_vocab, or use one that reserves these ids"
             )
         self.size = self._processor.get_piece_size()
         self._bytes = [self._piece_bytes(i) for i in range(self.size)]
@@ -141,12 +146,13 @@ def load_vocab(spec: str) -> ByteVocab | SentencePieceVocab:
 
 
 def train_sentencepiece(texts: Iterable[str], size: int, path: str | os.PathLike) -> None:
-    """Trains a byte-pair-encoding model of `size` pieces on `texts` and writes it to `path` atomically.
+    """Trains a byte-pair-encoding model of `size` pieces on `texts` and writes it to `path`.
 
-    Pad 0, EOS 1, unknown 2, no BOS; every character of the training text is covered. Text is not normalised,
-    and newline, tab and carriage return are pieces of their own, so decode(encode(text)) is the text. From
-    1,024 pieces on, 256 of them are bytes, into which characters not seen in training fall apart; a smaller
-    vocabulary cannot spare these and calls such characters unknown. At most 1e9 characters are read.
+    Pad 0, EOS 1, unknown 2, no BOS; every character of the training text is covered. Text is not
+    normalised, and newline, tab and carriage return are pieces of their own, so
+    decode(encode(text)) is the text. From 1,024 pieces on, 256 of them are bytes, into which
+    characters not seen in training fall apart; a smaller vocabulary cannot spare these and calls
+    such characters unknown. At most 1e9 characters are read.
 
     Raises:
         UserError: too little text, a size that does not fit it, or sentencepiece is not installed.
@@ -201,9 +207,9 @@ def _sentences(texts: Iterable[str]):
 def _advice(message: str) -> str:
     """The trainer's two usual complaints in plain words."""
     if high := re.search(r"value <= (\d+)", message):
-        return f"it yields at most {high[1]} pieces; set data.train_vocab={high[1]} or lower, or use more text"
+        return f"it yields at most {high[1]} pieces; set data.train_vocab={high[1]}"
     if low := re.search(r"required_chars\. \d+ vs (\d+)", message):
-        return f"its characters alone need {low[1]}; set data.train_vocab above {low[1]}, or use vocab=bytes"
+        return f"its characters alone need {low[1]}; set a larger data.train_vocab"
     return message.replace("\n", " ")
 
 
@@ -212,7 +218,7 @@ def _sentencepiece():
         import sentencepiece
     except ImportError as error:
         raise UserError(
-            "SentencePiece vocabularies need the sentencepiece package; install lintime[text], or set "
-            "data.vocab=bytes"
+            "SentencePiece vocabularies need the sentencepiece package; install lintime[text], "
+            "or set data.vocab=bytes"
         ) from error
     return sentencepiece
