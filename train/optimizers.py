@@ -1,0 +1,103 @@
+"""Optimisers and schedules of the published recipes, as optax transformations."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from .schema import Optim
+
+FINAL = 0.1  # share of the peak learning rate at the end of a decay
+
+
+def make_schedule(optim: Optim, steps: int) -> optax.Schedule:
+    """Multiplier of the peak learning rate at update `count` (0-based).
+
+    Linear 0 -> 1 over `warmup` updates (the first update has rate 0), then "cosine" or "linear" down to 0.1
+    over the rest of `decay_steps` (or `steps`), constant afterwards; "constant" stays at 1.
+    """
+    total = optim.decay_steps or steps
+    span = max(total - optim.warmup, 1)
+
+    def multiplier(count):
+        count = jnp.asarray(count, jnp.float32)
+        share = jnp.clip((count - optim.warmup) / span, 0, 1)
+        decay = {
+            "cosine": FINAL + (1 - FINAL) * 0.5 * (1 + jnp.cos(jnp.pi * share)),
+            "linear": 1 - (1 - FINAL) * share,
+            "constant": jnp.ones_like(share),
+        }[optim.schedule]
+        warm = count / max(optim.warmup, 1)
+        return jnp.where(count < optim.warmup, warm, decay)
+
+    return multiplier
+
+
+def decays(path, leaf) -> bool:
+    """Weight decay covers every parameter with ndim != 1, counted without the stacked layer axis."""
+    stacked = bool(path) and getattr(path[0], "key", None) == "layers"
+    return leaf.ndim - stacked != 1
+
+
+def per_layer(tx: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Apply `tx` to each layer of the stacked parameters under "layers" as if it stood alone.
+
+    Needed where a transformation takes statistics of whole arrays (Adafactor's parameter scale and update
+    clipping): those are of one layer's matrix, not of the stack of all layers.
+    """
+
+    def parts(tree):
+        rest = {k: v for k, v in tree.items() if k != "layers"}
+        return rest, tree.get("layers", {})
+
+    def init(params):
+        rest, layers = parts(params)
+        return {"rest": tx.init(rest), "layers": jax.vmap(tx.init)(layers) if layers else ()}
+
+    def update(updates, state, params=None):
+        rest, layers = parts(updates)
+        p_rest, p_layers = parts(params)
+        rest, s_rest = tx.update(rest, state["rest"], p_rest)
+        s_layers = ()
+        if layers:
+            layers, s_layers = jax.vmap(tx.update)(layers, state["layers"], p_layers)
+            rest = {**rest, "layers": layers}
+        return rest, {"rest": s_rest, "layers": s_layers}
+
+    return optax.GradientTransformation(init, update)
+
+
+def make_optimizer(optim: Optim, steps: int) -> optax.GradientTransformation:
+    """Clip by global norm, the named optimiser at its peak rate, the schedule, weight decay; in this order.
+
+    Weight decay adds -weight_decay * p outside the schedule (Transformer-VQ section 8), or inside it and
+    scaled by the learning rate with `decay_times_lr` (decoupled AdamW). Moments are float32, Lion's bfloat16.
+    """
+    mask = lambda params: jax.tree_util.tree_map_with_path(decays, params)
+    decay = []
+    if optim.weight_decay > 0:
+        decay = [optax.add_decayed_weights(optim.weight_decay, mask)]
+    chain = [optax.clip_by_global_norm(optim.clip)] if optim.clip > 0 else []
+    if optim.name == "adamw":
+        chain += [optax.scale_by_adam(optim.b1, optim.b2, optim.eps, mu_dtype=jnp.float32)]
+    elif optim.name == "lion":
+        chain += [optax.scale_by_lion(optim.b1, optim.b2, mu_dtype=jnp.bfloat16)]
+    elif optim.name == "adafactor":
+        chain += [
+            per_layer(
+                optax.chain(
+                    optax.scale_by_factored_rms(),
+                    optax.clip_by_block_rms(1.0),
+                    optax.scale_by_param_block_rms(),
+                )
+            )
+        ]
+    else:
+        raise ValueError(f"optim.name={optim.name!r}; choose adamw, lion or adafactor")
+    if optim.decay_times_lr:
+        chain += decay
+    chain += [optax.scale(-optim.learning_rate), optax.scale_by_schedule(make_schedule(optim, steps))]
+    if decay and not optim.decay_times_lr:
+        chain += [optax.add_decayed_weights(-optim.weight_decay, mask)]
+    return optax.chain(*chain)
