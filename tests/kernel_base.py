@@ -40,6 +40,7 @@ class Spec:
         batch_axis: batch axis of each input that has one (0 for `state`, implied); all other inputs
             are weights, shared by the rows.
         grad: names of the inputs to differentiate (`state`: its float leaves).
+        constant: names of state leaves without a meaningful gradient (counts, say).
         variants: name -> keyword arguments, e.g. {"xla": {"implementation": "xla"}}.
         block: block length of the op (of `options`); lengths around it are tried.
         options: keyword arguments of all variants, the reference included.
@@ -66,6 +67,7 @@ class Spec:
     out_batch_axis: int = 0
     state: str | None = "state"
     lengths: str | None = "lengths"
+    constant: tuple[str, ...] = ()
     causal: bool = True
     tolerance: Mapping[str, float] = dataclasses.field(
         default_factory=lambda: {"float32": 1e-5, "bfloat16": 3e-2}
@@ -113,8 +115,12 @@ def value_and_grads(spec: Spec, variant: str, inputs: Inputs, cotangent, wrap=la
 
     moving = {k: inputs[k] for k in spec.grad}
     grads, result = jax.grad(loss, has_aux=True, allow_int=True)(moving)
-    drop = lambda g: None if g.dtype == jax.dtypes.float0 else g
-    return result, jax.tree.map(drop, grads)
+
+    def keep(path, g):
+        constant = jax.tree_util.keystr(path[-1:], simple=True) in spec.constant
+        return None if constant or g.dtype == jax.dtypes.float0 else g
+
+    return result, jax.tree_util.tree_map_with_path(keep, grads)
 
 
 @functools.lru_cache(maxsize=64)
