@@ -1,0 +1,81 @@
+"""Process start: backend settings, several processes, signals."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import warnings
+from collections.abc import Iterator
+
+import jax
+
+from .errors import UserError
+
+
+def quiet() -> None:
+    """Silence start-up chatter of libraries; real warnings of this package stay."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    import logging
+
+    for name in ("absl", "orbax", "jax._src.xla_bridge"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="orbax")
+
+
+def join(coordinator: str = "", processes: int = 0, index: int = -1, distributed: bool = False) -> None:
+    """Join a multi-process run before the first use of a device.
+
+    Args:
+        coordinator: host:port of process 0, with `processes` and `index`; or
+        distributed: let JAX find the others (TPU pods, SLURM, Kubernetes set the needed variables).
+
+    Raises:
+        UserError: incomplete addresses, or the others could not be reached.
+    """
+    if not coordinator and not distributed:
+        return
+    if coordinator and (processes < 1 or not 0 <= index < processes):
+        raise UserError(
+            "--coordinator needs --processes N and --process-index I with 0 <= I < N on every process"
+        )
+    arguments = {}
+    if coordinator:
+        arguments = dict(
+            coordinator_address=coordinator, num_processes=processes, process_id=index
+        )
+    try:
+        jax.distributed.initialize(**arguments)
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f"cannot join the other processes: {str(error).splitlines()[0]}") from error
+
+
+class StopRequest:
+    """Set by the first SIGTERM or Ctrl-C; a second one acts as usual."""
+
+    def __init__(self):
+        self.signal: str | None = None
+
+    def __bool__(self) -> bool:
+        return self.signal is not None
+
+
+@contextlib.contextmanager
+def stop_on_signals() -> Iterator[StopRequest]:
+    """While active, SIGTERM and SIGINT only set the yielded StopRequest (main thread only)."""
+    request, before = StopRequest(), {}
+
+    def note(number, _frame):
+        request.signal = signal.Signals(number).name
+        signal.signal(number, before[number])
+
+    try:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            before[number] = signal.signal(number, note)
+    except ValueError:  # not the main thread (a notebook kernel's worker): nothing to install
+        pass
+    try:
+        yield request
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,240 @@
+"""Training, as one story: data, mesh, state, resume, then update after update until the end.
+
+    python: `train(run, "runs/my-run")`        shell: `lintime train CONFIG [field=value ...]`
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from .checkpoint import Checkpoints, restore_inference
+from .config_files import check_continuation, read_config, save_config
+from .data import LMDataset, open_data
+from .errors import UserError
+from .evaluate import make_evaluator
+from .launch import StopRequest, stop_on_signals
+from .mesh import check_batch, local_rows, make_mesh, put_batch, state_shardings
+from .metrics import Clock
+from .schema import Checkpoint, Run
+from .state import TrainState
+from .step import init_state, make_train_step
+from .tasks import make_task
+from .track import Tracker, plot_curves, truncate_metrics
+
+
+@dataclasses.dataclass
+class Result:
+    """What a call of `train` leaves behind.
+
+    Attributes:
+        run_dir: the run directory. step: updates done in all.
+        metrics: the last validation metrics ({} when stopped before the end).
+        stopped: name of the signal that stopped it early, or None.
+    """
+
+    run_dir: Path
+    step: int
+    metrics: dict[str, float]
+    stopped: str | None = None
+
+
+def train(
+    run: Run,
+    run_dir: str | Path,
+    *,
+    profile: tuple[int, int] | None = None,
+    devices=None,
+) -> Result:
+    """Train `run` in `run_dir`, continuing what is there; ends with a validation of the final weights.
+
+    Args:
+        run: validated config.
+        run_dir: run directory (created if absent).
+        profile: (first, last) update to trace into `run_dir`/profile.
+        devices: devices to use; all by default.
+
+    Raises:
+        UserError: anything the user can mend, in one line; nothing already saved is lost.
+    """
+    run_dir, primary = Path(run_dir), jax.process_index() == 0
+
+    # ---- data ---------------------------------------------------------------------------------
+    train_data = open_data(
+        run.data, split="train", seed=run.seed, batch_size=run.batch_size, cache=run_dir / "cache"
+    )
+    val_data = open_data(
+        run.data, split="validation", seed=0, batch_size=run.batch_size, cache=run_dir / "cache"
+    )
+    if train_data.vocab.size != run.net.vocab_size:
+        raise UserError(
+            f"the vocabulary of data.vocab={run.data.vocab} has {train_data.vocab.size} ids, the net "
+            f"net.vocab_size={run.net.vocab_size}; set net.vocab_size={train_data.vocab.size}"
+        )
+    meta = {"fingerprint": {"train": train_data.fingerprint, "validation": val_data.fingerprint}}
+
+    # ---- mesh and state -----------------------------------------------------------------------
+    mesh = make_mesh(run.mesh, devices)
+    check_batch(run, mesh)
+    rows = local_rows(mesh, run.batch_size)
+    task = make_task(run)
+    with jax.set_mesh(mesh):
+        abstract = jax.eval_shape(lambda k: init_state(task, run, k), jax.random.key(run.seed))
+        shardings = state_shardings(abstract, mesh)
+        abstract = jax.tree.map(
+            lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, shardings
+        )
+        update = jax.jit(
+            make_train_step(task, run), donate_argnums=0, out_shardings=(shardings, None)
+        )
+
+    # ---- resume, or start ---------------------------------------------------------------------
+    saved_config = run_dir / "config.json"
+    if saved_config.exists():
+        check_continuation(read_config(saved_config), run)
+    checkpoints = Checkpoints(run_dir, run.checkpoint)
+    start = checkpoints.latest_step()
+    if start is not None:
+        _check_fingerprint(checkpoints.meta(start).get("fingerprint"), meta["fingerprint"])
+        state = checkpoints.restore(abstract, start)
+    else:
+        start = 0
+        with jax.set_mesh(mesh):
+            init = jax.jit(lambda k: init_state(task, run, k), out_shardings=shardings)
+            state = init(jax.random.key(run.seed))
+        if run.init_from:
+            state = _start_from(run, state, abstract)
+    if primary:
+        save_config(run, saved_config)
+        truncate_metrics(run_dir / "metrics.jsonl", start)
+    tracker = Tracker(
+        run_dir, total_steps=run.steps, tensorboard=run.log.tensorboard, wandb=run.log.wandb,
+        task_metric=task.metric, primary=primary, resume_step=start,
+    )  # fmt: skip
+    n_params = sum(a.size for a in jax.tree.leaves(abstract.params))
+    tracker.message(
+        f"{run_dir}: {n_params / 1e6:.2f}M parameters, {len(mesh.devices.flat)} "
+        f"{mesh.devices.flat[0].platform} device(s), {train_data.num_bytes / 1e6:.2f} MB training text"
+        + (f", continuing at step {start}" if start else "")
+    )
+
+    # ---- updates -----------------------------------------------------------------------------
+    validate = make_evaluator(task, val_data, mesh, run.batch_size, run.eval.batches)
+    clock = Clock(task, run, mesh)
+    stopped, last_val, step = None, {}, start
+
+    def finish_update(number: int, metrics: Any) -> None:
+        values = {k: v.item() for k, v in jax.device_get(metrics).items()}
+        if not values.pop("ok"):
+            raise UserError(_keep_failure(run_dir, number - 1, state, train_data, rows, meta))
+        values |= clock.tick()
+        tracker.progress(number, values)
+        if number % run.log.every == 0 or number == run.steps:
+            clock.restart()
+            tracker.log(number, values | {"tokens": number * clock.tokens_per_step})
+
+    def save_and_validate(final: bool) -> None:
+        nonlocal last_val
+        val_loss = None
+        if final or _due(step, run.eval.every):
+            last_val = validate(state)
+            val_loss = last_val["loss"]
+            tracker.log(step, {f"val_{k}": v for k, v in last_val.items()})
+        if final or _due(step, run.checkpoint.every):
+            checkpoints.save(state, meta, val_loss)
+        clock.pause()
+
+    try:
+        with stop_on_signals() as stop:
+            pending = None  # metrics are read one update late, so the device never waits for the host
+            for batch in train_data.iterate(start, rows, run.steps):
+                if _agreed(stop, step):
+                    stopped = stop.signal or "SIGTERM"
+                    break
+                if profile and step == profile[0]:
+                    jax.profiler.start_trace(str(run_dir / "profile"))
+                with jax.set_mesh(mesh):
+                    state, metrics = update(state, put_batch(batch, step, mesh, run.batch_size))
+                step += 1
+                if profile and step == profile[1]:
+                    jax.block_until_ready(metrics)
+                    jax.profiler.stop_trace()
+                    tracker.message(f"trace of updates {profile[0]}..{profile[1]}: {run_dir}/profile")
+                if pending:
+                    finish_update(*pending)
+                pending = (step, metrics)
+                if step < run.steps and (
+                    _due(step, run.eval.every) or _due(step, run.checkpoint.every)
+                ):
+                    finish_update(*pending)
+                    pending = None
+                    save_and_validate(final=False)
+            if pending:
+                finish_update(*pending)
+
+            # ---- the end, or the save before leaving -------------------------------------------
+            if stopped:
+                tracker.message(f"{stopped}: saving step {step} and leaving")
+                checkpoints.save(state, meta)
+            else:
+                save_and_validate(final=True)
+            checkpoints.close()
+    finally:
+        tracker.close()
+        if primary:
+            plot_curves(run_dir)
+    return Result(run_dir, step, last_val, stopped)
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def _agreed(stop: StopRequest, step: int) -> bool:
+    """Whether to leave: at once in one process; several must leave at the same step, so they ask around."""
+    if jax.process_count() == 1:
+        return bool(stop)
+    if step % 10:
+        return False
+    flags = multihost_utils.process_allgather(np.array([bool(stop)]))
+    return bool(np.any(flags))
+
+
+def _keep_failure(run_dir: Path, step: int, state, data: LMDataset, rows, meta: dict) -> str:
+    """Save the state before update `step` and its batch, for a look at why it was not finite."""
+    folder = run_dir / "failed" / f"step-{step}"
+    saved = Checkpoints(folder, Checkpoint())
+    saved.save(state, meta)
+    saved.close()
+    if jax.process_index() == 0:
+        np.savez(folder / "batch.npz", **data.batch(step, rows))
+    return (
+        f"update {step} gave a loss or gradient that is not finite; the state before it and its batch "
+        f"are in {folder}; lower optim.learning_rate or set optim.clip, and start with --fresh"
+    )
+
+
+def _check_fingerprint(saved: dict | None, now: dict) -> None:
+    for split, fingerprint in now.items():
+        before = (saved or {}).get(split) or {}
+        for key, value in json.loads(json.dumps(fingerprint)).items():
+            if before.get(key) != value:
+                raise UserError(
+                    f"the {split} data is not what this run was trained on ({key} was "
+                    f"{before.get(key)}, is {value}); restore the data, or start anew with --fresh"
+                )
+
+
+def _start_from(run: Run, state: TrainState, abstract: TrainState) -> TrainState:
+    """Weights and codebooks of another run or converted checkpoint; optimiser and step stay new."""
+    wanted = {"params": abstract.params, "stats": abstract.stats}
+    loaded = restore_inference(run.init_from, wanted)
+    state = state.replace(params=loaded["params"], stats=loaded["stats"])
+    return state.replace(ema=jax.tree.map(jax.numpy.copy, loaded["params"])) if state.ema else state

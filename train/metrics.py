@@ -1,0 +1,70 @@
+"""Speed figures of a run."""
+
+from __future__ import annotations
+
+import time
+
+import jax
+
+from . import flops
+from .schema import Run
+
+
+class Clock:
+    """Tokens per second, seconds per update and model FLOPs utilisation, averaged since the last `restart`.
+
+    Validation and saving are left out (`pause`), and so is the first update, which compiles.
+
+    Attributes:
+        tokens_per_step: tokens of one update over all processes.
+        flops: model FLOPs of one update (3 x forward, no recomputation); None where the device's peak is
+            unknown, and then no utilisation is reported.
+    """
+
+    def __init__(self, task, run: Run, mesh):
+        length = run.data.update_len or run.data.sequence_len
+        self.tokens_per_step = run.batch_size * length
+        self.devices = list(mesh.devices.flat)
+        self.flops = None
+        if flops.peak_flops(self.devices[0]) is not None:
+            with jax.set_mesh(mesh):
+                self.flops = 3 * forward_flops(task, run)
+        self.pause()
+
+    def pause(self) -> None:
+        """The next update is not timed."""
+        self._last, self._seconds, self._updates = None, 0.0, 0
+
+    def restart(self) -> None:
+        """Average anew from here."""
+        self._seconds, self._updates = 0.0, 0
+
+    def tick(self) -> dict[str, float]:
+        """Call after each update; {} until there is something to report."""
+        now = time.perf_counter()
+        if self._last is not None:
+            self._seconds += now - self._last
+            self._updates += 1
+        self._last = now
+        if not self._updates:
+            return {}
+        seconds = self._seconds / self._updates
+        out = {"tokens_per_s": self.tokens_per_step / seconds, "step_time": seconds}
+        if self.flops is not None:
+            out["mfu"] = flops.mfu(self.flops, seconds, self.devices)
+        return out
+
+
+def forward_flops(task, run: Run) -> int:
+    """FLOPs (2 per multiply-add) of the loss of one update over the whole batch, counted from the jaxpr."""
+    shape = (run.batch_size, run.data.update_len or run.data.sequence_len)
+    tokens = jax.ShapeDtypeStruct(shape, "int32")
+    batch = {k: tokens for k in ("inputs", "targets", "mask", "segment_ids")}
+    batch |= {
+        "start": jax.ShapeDtypeStruct(shape[:1], "bool"),
+        "step": jax.ShapeDtypeStruct((), "int32"),
+    }
+    variables = jax.eval_shape(task.init, jax.random.key(0))
+    carry = jax.eval_shape(lambda: task.init_carry(run.batch_size))
+    loss = lambda p, s, c, b: task.loss(p, s, c, b, jax.random.key(0))[0]
+    return flops.count_flops(loss, variables["params"], variables["stats"], carry, batch)
