@@ -27,7 +27,8 @@ class ArrayRange(NamedTuple):
 
 
 @functools.lru_cache(maxsize=64)
-def _map_array(path: str) -> np.ndarray:
+def map_array(path: str) -> np.ndarray:
+    """Memory-maps the array of an .npy file, read-only."""
     return np.load(path, mmap_mode="r", allow_pickle=False)
 
 
@@ -49,9 +50,9 @@ class ImageDocuments:
         """Bytes [start, stop) of image i as uint8."""
         k = int(np.searchsorted(self._ends, i, side="right"))
         path, _, end = self.ranges[k]
-        return image_bytes(
-            np.asarray(_map_array(path)[end - (int(self._ends[k]) - i)]), self.shape
-        )[start:stop]
+        return image_bytes(np.asarray(map_array(path)[end - (int(self._ends[k]) - i)]), self.shape)[
+            start:stop
+        ]
 
 
 def image_bytes(image: np.ndarray, shape: tuple[int, int, int]) -> np.ndarray:
@@ -79,6 +80,7 @@ def find_images(config: Data, split: str, *, cache: Path) -> ImageDocuments:
         UserError: no array, arrays of another type or shape, images that are not `sequence_len`
             tokens long, or a split without images.
     """
+    map_array.cache_clear()  # files may have changed since they were last opened
     path = Path(config.path)
     if path.is_dir():
         files = sorted(p for p in path.iterdir() if is_array_file(p))
@@ -151,7 +153,7 @@ def _split_tail(
 def _check_array(path: str, file: Path) -> tuple[int, tuple[int, int, int]]:
     """(number of images, image shape) of an .npy file; `file` is the name for messages."""
     try:
-        array = _map_array(path)
+        array = map_array(path)
     except (OSError, ValueError) as error:
         raise UserError(
             f"cannot read {file} as a NumPy array ({error}); save it again with np.save"

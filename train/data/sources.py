@@ -83,6 +83,7 @@ def find_documents(config: Data, split: str, *, cache: Path) -> ByteDocuments | 
             f"data.validation_fraction={config.validation_fraction} must be at least 0 and below 1"
         )
     kind = resolve_format(config)
+    map_bytes.cache_clear()  # files may have changed since they were last opened
     if kind == "images":
         return find_images(config, split, cache=cache)
     if kind == "builtin":
