@@ -14,7 +14,13 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 LAYERS = ("kernels_pallas", "model", "train", "configs")  # each may import itself and those before
 GROUND_FLOOR = {"jax", "jaxlib", "chex", "numpy"}  # besides the standard library
 MAX_LINES = 500
-ENVIRONMENT = {"train/launch.py", "train/compile.py", "tests/conftest.py"}  # and tests/aot
+# Programs of their own set what they need before jax starts; so does tests/aot.
+ENVIRONMENT = {
+    "train/launch.py",
+    "train/compile.py",
+    "tests/conftest.py",
+    "tests/golden/__main__.py",
+}
 VERSIONS = {"kernels_pallas/compat.py"}
 OUTSIDE = {".venv", "build", "dist", "runs", "shared", "node_modules"}
 
