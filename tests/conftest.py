@@ -20,6 +20,8 @@ if os.environ["JAX_PLATFORMS"] == "cpu":
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     os.environ.setdefault("TPU_LOG_DIR", "disabled")
 os.environ.setdefault("MPLBACKEND", "agg")
+# Off by default; with JAX_COMPILATION_CACHE_DIR set, small programs are kept too.
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.05")
 
 import pathlib
 
