@@ -1,0 +1,316 @@
+"""`lintime bench`: training tokens/s and peak memory of dense and VQ attention over sequence lengths.
+
+Every variant is first checked against the reference path; one that fails is not timed. Then the whole
+training step (loss, gradients, clipping, AdamW, codebook update) is compiled and timed at a constant number
+of tokens per step. On an accelerator every measurement runs in a process of its own, because a device's
+peak memory is that of a process's whole life, and because running out of memory should cost one cell only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import datetime
+import json
+import platform
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from ..model.nets.transformer_vq import TransformerVQConfig
+from .bench_report import ORIGINAL, markdown, parts_markdown, picture
+from .config_files import from_json, to_json, validate
+from .errors import UserError
+from .files import write_atomic
+from .override import apply_overrides
+from .schema import Data, Optim, Precision, Run
+
+VARIANTS = {
+    "dense-flash": {"attention": "flash"},
+    "vq-serial": {"attention": "vq", "reduction": "serial"},
+    "vq-associative": {"attention": "vq", "reduction": "associative"},
+    "vq-matmul": {"attention": "vq", "reduction": "matmul"},
+    "dense": {"attention": "dense"},
+}
+ALIASES = {"flash": "dense-flash", "vq-scan": "vq-associative"}
+DEFAULT_VARIANTS = ("dense-flash", "vq-serial", "vq-associative", "vq-matmul")
+TAKEN = {
+    "net.attention": "--variants", "net.reduction": "--variants", "net.head_type": "--head",
+    "data.sequence_len": "--lengths", "data.update_len": "--lengths", "batch_size": "--tokens",
+    "steps": "--steps", "precision.remat": "--remat",
+}  # fmt: skip
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `lintime bench` to its (sub)parser."""
+    parser.add_argument("--lengths", nargs="+", metavar="T", default=[],
+                        help="sequence lengths (accelerator: 2048 8192 32768, CPU: 64 128 256)")  # fmt: skip
+    parser.add_argument("--variants", nargs="+", metavar="V", default=[],
+                        help=f"of {', '.join(VARIANTS)} (default: all but dense)")  # fmt: skip
+    parser.add_argument("--head", default="shga", help="head type: shga, mqa or mha")
+    parser.add_argument("--tokens", metavar="N",
+                        help="tokens per step; rows = N / length, at least 1 (65536; CPU: 512)")  # fmt: skip
+    parser.add_argument("--steps", metavar="N", help="timed steps (default 10)")
+    parser.add_argument("--warmup", metavar="N", help="steps before these (default 3)")
+    parser.add_argument("--remat", help="none, full or dots (accelerator: full, CPU: none)")
+    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="FIELD=VALUE",
+                        dest="overrides", help="change the configuration, e.g. net.n_layer=24")  # fmt: skip
+    parser.add_argument("--devices", metavar="N", help="devices, rows split over them (default 1)")
+    parser.add_argument("--op", action="store_true",
+                        help="time the parts of one attention sublayer instead of training steps")  # fmt: skip
+    parser.add_argument("--original", action="store_true",
+                        help="show the figures of the original JAX code beside them (H200, defaults)")  # fmt: skip
+    parser.add_argument("--isolate", action=argparse.BooleanOptionalAction, default=None,
+                        help="one process per measurement (default: on an accelerator)")  # fmt: skip
+    parser.add_argument("--out", default="runs/bench", metavar="DIR",
+                        help="for bench.md, bench.json, bench.png (default runs/bench)")  # fmt: skip
+    parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
+
+
+def bench(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Run the benchmark that the arguments describe; prints and writes the report, and returns it.
+
+    Raises:
+        UserError: bad arguments; or a variant's check failed (the others' figures are still shown).
+    """
+    variants = _variants(arguments.variants)
+    lengths = [_whole(t, "--lengths") for text in arguments.lengths for t in text.split(",") if t]
+    steps = _whole(arguments.steps or "10", "--steps")
+    warmup = _whole(arguments.warmup or "3", "--warmup")
+    devices = _whole(arguments.devices or "1", "--devices")
+    tokens = arguments.tokens and _whole(arguments.tokens, "--tokens")
+    _check_overrides(arguments)
+
+    isolate = arguments.isolate
+    if isolate is None and _only_cpu():
+        isolate = False
+    device = _work({"kind": "device"}, isolate is not False)
+    accelerator = device["platform"] != "cpu"
+    isolate = accelerator if isolate is None else isolate
+    if devices > device["count"]:
+        raise UserError(f"--devices {devices}: there are only {device['count']} here")
+    lengths = sorted(set(lengths)) or ([2048, 8192, 32768] if accelerator else [64, 128, 256])
+    tokens = tokens or (65536 if accelerator else 512)
+    base = base_run(accelerator, arguments.head, arguments.remat)
+    base = apply_overrides(base, arguments.overrides)
+    runs = {(v, n): configure(base, v, n, tokens) for v in variants for n in lengths}
+    for run in runs.values():
+        validate(run)
+
+    say = lambda text: print(text, file=sys.stderr, flush=True)
+    original = None
+    if arguments.original:
+        standard = base == base_run(True, arguments.head, arguments.remat) and tokens == 65536
+        if "H200" in device["kind"] and standard and devices == 1:
+            original = ORIGINAL.get(arguments.head)
+        if original is None:
+            say("--original: there are figures for one H200 at the defaults with shga or mha only")
+    report = {
+        "device": device, "devices": devices, "python": platform.python_version(),
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "command": command_line(arguments), "settings": _settings(base, tokens, steps, warmup, isolate),
+        "config": to_json(base), "tokens": tokens, "lengths": lengths, "variants": variants,
+        "original": original, "checks": {}, "points": [],
+    }  # fmt: skip
+
+    say(f"{device['kind']}: checking {', '.join(variants)} against the reference")
+    checks = {v: to_json(runs[v, lengths[0]]) for v in variants}
+    report["checks"] = _work({"kind": "check", "runs": checks}, isolate)
+    for number, ((variant, length), run) in enumerate(runs.items()):
+        point = {"variant": variant, "length": length, "rows": run.batch_size}
+        report["points"].append(point)
+        if not report["checks"][variant]["ok"]:
+            point["status"] = "unchecked"
+            continue
+        say(f"[{number + 1}/{len(runs)}] {variant}, length {length}, {run.batch_size} rows ...")
+        job = {"kind": "parts" if arguments.op else "steps", "run": to_json(run), "steps": steps,
+               "warmup": warmup, "devices": devices, "alone": isolate}  # fmt: skip
+        point |= _work(job, isolate)
+        say("    " + _one_line(point))
+
+    text = parts_markdown(report) if arguments.op else markdown(report)
+    out, stem = Path(arguments.out), "op" if arguments.op else "bench"
+    write_atomic(out / f"{stem}.json", json.dumps(report, indent=1) + "\n")
+    write_atomic(out / f"{stem}.md", text + "\n")
+    if not arguments.op:
+        write_atomic(out / f"{stem}.png", picture(report))
+    print(json.dumps(report, indent=1) if arguments.json else text, flush=True)
+    say(f"written to {out}/{stem}.*")
+    failed = [v for v in variants if not report["checks"][v]["ok"]]
+    if failed:
+        raise UserError(
+            f"{', '.join(failed)}: the result differs from the reference path, so no timing is shown; "
+            "see the check table, and report it with the command and device above"
+        )
+    return report
+
+
+def base_run(accelerator: bool, head: str, remat: str | None = None) -> Run:
+    """The configuration measured, before variant and length are set.
+
+    On an accelerator Transformer-VQ's throughput configuration with 12 layers: bfloat16, dropout of the
+    position table 0.1 and no other, AdamW 4e-4, clipping 0.1, warm-up of 10 updates; each layer is
+    recomputed in the backward pass (remat "full"). On a CPU a tiny relative of it.
+    """
+    sizes = dict(n_layer=12) if accelerator else dict(
+        n_layer=2, d_model=64, d_k=32, n_code=16, block_len=16, mem_len=16
+    )  # fmt: skip
+    compute, policy = ("bfloat16", "full") if accelerator else ("float32", "none")
+    return Run(
+        net=TransformerVQConfig(head_type=head, dropout_sin=0.1, **sizes),
+        data=Data(sequence_len=2048 if accelerator else 64),
+        optim=Optim(learning_rate=4e-4, warmup=10, clip=0.1),
+        precision=Precision(compute=compute, remat=remat or policy),
+    )
+
+
+def configure(base: Run, variant: str, length: int, tokens: int) -> Run:
+    """`base` as one variant at one length; a step holds `tokens` tokens, or one row where that is more."""
+    return dataclasses.replace(
+        base,
+        net=dataclasses.replace(base.net, **VARIANTS[variant]),
+        data=dataclasses.replace(base.data, sequence_len=length, update_len=0),
+        batch_size=max(1, tokens // length),
+    )
+
+
+def command_line(arguments: argparse.Namespace) -> str:
+    """The command that gives these arguments, options at their defaults left out."""
+    parser = argparse.ArgumentParser(add_help=False)
+    add_arguments(parser)
+    words = ["lintime", "bench"]
+    for action in parser._actions:
+        value = getattr(arguments, action.dest)
+        if value == action.default or action.dest == "out":
+            continue
+        if isinstance(value, bool):
+            words.append(action.option_strings[0 if value else -1])
+        else:
+            values = value if isinstance(value, list) else [value]
+            words += [action.option_strings[0], *map(str, values)]
+    return shlex.join(words)
+
+
+# ---------------------------------------------------------------- work, here or in a child
+
+
+def _do(job: dict[str, Any]) -> dict[str, Any]:
+    """One measurement in this process; jobs and results are JSON objects."""
+    from . import bench_measure as measure
+
+    if job["kind"] == "device":
+        return measure.describe_device()
+    if job["kind"] == "check":
+        return {v: _check(measure, from_json(run)) for v, run in job["runs"].items()}
+    run = from_json(job["run"])
+    if job["kind"] == "parts":
+        return measure.time_parts(run, job["steps"], job["warmup"])
+    return measure.time_steps(run, job["steps"], job["warmup"], job["devices"], job["alone"])
+
+
+def _check(measure, run: Run) -> dict[str, Any]:
+    import jax
+
+    try:
+        return measure.check(run)
+    except (ValueError, jax.errors.JaxRuntimeError) as error:
+        return {"ok": False, "errors": {}, "message": " ".join(str(error).split())[:300]}
+
+
+def _work(job: dict[str, Any], isolate: bool) -> dict[str, Any]:
+    if not isolate:
+        return _do(job)
+    child = subprocess.run(
+        [sys.executable, "-m", f"{__package__}.bench"],
+        input=json.dumps(job), capture_output=True, text=True,
+    )  # fmt: skip
+    lines = child.stdout.splitlines()
+    if child.returncode == 0 and lines:
+        result = json.loads(lines[-1])
+        if "user_error" in result:
+            raise UserError(result["user_error"])
+        return result
+    from .bench_measure import is_out_of_memory
+
+    tail = (child.stderr.strip().splitlines() or [f"status {child.returncode}"])[-1][:300]
+    if job["kind"] in ("device", "check"):
+        sys.stderr.write(child.stderr[-4000:])
+        raise UserError(f"the process of the {job['kind']} step failed: {tail}")
+    killed = child.returncode == -9  # by the kernel, for the host's memory
+    status = "oom" if killed or is_out_of_memory(child.stderr) else "error"
+    return {"status": status, "message": tail}
+
+
+def _child() -> None:
+    from .launch import quiet
+
+    quiet()
+    try:
+        result = _do(json.loads(sys.stdin.read()))
+    except UserError as error:
+        result = {"user_error": str(error)}
+    print("\n" + json.dumps(result), flush=True)
+
+
+# ---------------------------------------------------------------- arguments
+
+
+def _only_cpu() -> bool:
+    """Whether JAX was told to use the CPU alone, without starting a backend."""
+    import jax
+
+    return jax.config.jax_platforms == "cpu"
+
+
+def _whole(text: str, flag: str) -> int:
+    try:
+        number = int(text.replace("_", ""))
+        assert number > 0
+    except (ValueError, AssertionError):
+        raise UserError(f"{flag} {text}: expected a whole number above 0") from None
+    return number
+
+
+def _variants(words: list[str]) -> list[str]:
+    names = [w for word in words for w in word.split(",") if w]
+    names = [ALIASES.get(n, n) for n in names] or list(DEFAULT_VARIANTS)
+    for name in names:
+        if name not in VARIANTS:
+            raise UserError(f"--variants {name}: choose from {', '.join(VARIANTS)}")
+    return list(dict.fromkeys(names))
+
+
+def _check_overrides(arguments: argparse.Namespace) -> None:
+    if arguments.head not in ("shga", "mqa", "mha"):
+        raise UserError(f"--head {arguments.head}: choose shga, mqa or mha")
+    if arguments.remat not in (None, "none", "full", "dots"):
+        raise UserError(f"--remat {arguments.remat}: choose none, full or dots")
+    for override in arguments.overrides:
+        field = override.partition("=")[0].strip()
+        if field in TAKEN:
+            raise UserError(f"--set {field}: use {TAKEN[field]} instead")
+
+
+def _settings(base: Run, tokens: int, steps: int, warmup: int, isolate: bool) -> str:
+    net = base.net
+    return (
+        f"{net.n_layer} layers, d_model {net.d_model}, d_k {net.d_k}, {net.n_code} codes, block "
+        f"{net.block_len}, {net.head_type.upper()}, {tokens:,} tokens a step, "
+        f"{base.precision.compute}, remat {base.precision.remat}, {base.optim.name}; median of {steps} "
+        f"steps after {warmup}, {'one process per measurement' if isolate else 'one process'}"
+    )
+
+
+def _one_line(point: dict[str, Any]) -> str:
+    if point["status"] != "ok":
+        return f"{point['status']}: {point.get('message', '')}"
+    if "parts" in point:
+        time = lambda ms: "-" if ms is None else f"{ms:.2f}"
+        return ", ".join(f"{k} {time(p['forward'])}/{time(p['both'])}" for k, p in point["parts"].items())
+    return f"{point['median_ms']:.1f} ms/step, {point['tokens_per_s']:,.0f} tokens/s"
+
+
+if __name__ == "__main__":
+    _child()
