@@ -1,0 +1,99 @@
+"""What several families share: names of the recurrent state, codebook gradients, metrics."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lintime.model.layers.codebook import update_codebook
+
+from ..compare import Report
+from ..manifest import Tolerance
+
+# Entry of the reference's state -> field of VQState.
+STATE = {
+    "pos_offset": "offset",
+    "xlcache/z": "codes",
+    "xlcache/k_hat": "keys",
+    "xlcache/v": "values",
+    "xlcache/doc_ids": "segments",
+    "aggcache/upper_div_lower": "mean",
+    "aggcache/lower": "count",
+    "aggcache/latest_doc_id": "cache_segment",
+}
+
+
+@functools.cache
+def _compiler_options() -> dict[str, Any]:
+    """Options that compile fastest here: on the CPU those out of a list that this XLA knows."""
+    options: dict[str, Any] = {}
+    if jax.default_backend() == "cpu":
+        for name, value in (("backend_optimization_level", 0), ("cpu_use_fusion_emitters", False)):
+            more = {**options, f"xla_{name}": value}
+            try:
+                jax.jit(jnp.negative, compiler_options=more)(1.0)
+            except jax.errors.JaxRuntimeError:
+                continue
+            options = more
+    return options
+
+
+def quick_jit(function: Callable) -> Callable:
+    """jit for a tiny program that runs once or twice: compiled quickly, at the price of speed."""
+    return jax.jit(function, compiler_options=_compiler_options())
+
+
+def dtype_of(config: Mapping[str, Any]) -> Any:
+    """Activation dtype of a case."""
+    return jnp.dtype(config.get("dtype", "float32"))
+
+
+def check_state(report: Report, prefix: str, state, **options) -> None:
+    """Compares a VQState with the entries `prefix`<entry> of the case, whichever there are."""
+    for name, entry in report.matching(prefix):
+        if entry not in STATE:
+            continue
+        got = np.asarray(getattr(state, STATE[entry]))
+        if entry == "pos_offset" and report.case.arrays[name].ndim == 0:
+            if np.unique(got).size != 1:
+                report.fail(name, f"rows are at different positions {got}")
+                continue
+            got = got[0]
+        report.check(name, got, **options)
+
+
+def codebook_gradient(stats, delta, *, decay: float, times: float = 1.0):
+    """Gradient of the reference's codebook surrogate: the codebook minus the updated one.
+
+    Args:
+        stats, delta: trees of codebooks and of the statistics seen, of any number of codebooks.
+        times: factor the reference puts on the statistics.
+    """
+    scaled = jax.tree.map(lambda d: d * times, delta)
+    return jax.tree.map(jnp.subtract, stats, update_codebook(stats, scaled, decay=decay))
+
+
+def is_codebook(name: str) -> bool:
+    """Whether a parameter of the reference is a codebook leaf, learned by EMA."""
+    return name.rpartition("/")[2].startswith("c_")
+
+
+def check_metrics(report: Report, prefix: str, metrics: Mapping[str, Any], **options) -> None:
+    """Compares the arrays `prefix`<metric> with the metrics of those names."""
+    tolerance = metric_tolerance(report)
+    for name, metric in report.matching(prefix):
+        if metric in metrics:
+            report.check(name, metrics[metric], tolerance=tolerance, **options)
+
+
+def metric_tolerance(report: Report) -> Tolerance:
+    """The case's tolerance, with the wider relative part its note may give for metrics."""
+    tolerance = report.case.tolerance
+    found = re.search(r"metric_\S+.*?rtol (\d[\d.]*(?:e[+-]?\d+)?)", tolerance.note)
+    return tolerance.loosened(float(found[1])) if found else tolerance

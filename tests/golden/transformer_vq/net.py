@@ -1,0 +1,2 @@
+def model(r): raise NotImplementedError
+def opt_model(r): raise NotImplementedError
