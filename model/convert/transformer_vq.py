@@ -11,12 +11,11 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
 
-from ..nets.transformer_vq import TransformerVQConfig
 from .names import (
     Flat,
     array_module,
@@ -26,6 +25,12 @@ from .names import (
     flatten,
     nest,
     shape_of,
+)
+from .transformer_vq_config import (
+    MAIN_FIXED,
+    OPTIMIZED_FIXED,
+    config_from_reference,
+    config_to_reference,
 )
 
 Variables = dict[str, Any]
@@ -55,71 +60,7 @@ _MLP = {"up/kernel": "Dense_0/kernel", "down/kernel": "Dense_1/kernel"}
 _OLD_PREFIX = re.compile(r"^stack/ScannedAttnOld_([01])/ScanVQAttentionOld_0/")
 
 
-# ---------------------------------------------------------------- configs
-
-
-_SHARED_FIELDS = {
-    "n_vocab": "vocab_size", "d_model": "d_model", "n_layer": "n_layer", "d_k": "d_k",
-    "n_code": "n_code", "block_len": "block_len", "pe_abs": "pe_abs", "pe_lam": "pe_lam",
-    "p_dropsin": "dropout_sin", "p_dropres": "dropout_res", "p_droplyr": "dropout_layer",
-    "c_beta": "commit_weight", "c_gamma": "codebook_decay", "e_tie": "tie_embeddings",
-    "e_preln": "out_norm", "e_scale": "logit_scale",
-}  # fmt: skip
-_MAIN_FIELDS = _SHARED_FIELDS | {
-    "d_v": "d_v", "n_head": "n_head", "mem_len": "mem_len", "agg_cache": "cache",
-    "grad_thru_cache": "grad_through_cache", "p_dropemb": "dropout_emb",
-}  # fmt: skip
-_MAIN_FIXED = {
-    "head_type": "shga", "attention": "vq", "norm_affine": True, "scale_on": "logits",
-    "tied_bias": True,
-}  # fmt: skip
-_OPTIMIZED_FIXED = {
-    "n_head": 1, "d_v": 0, "norm_affine": False, "scale_on": "features", "tied_bias": False,
-}  # fmt: skip
-_CHOICES = {  # of the optimized branch: their name -> our name, {their value: our value}
-    "head_type": ("head_type", {"shga": "shga", "mqa": "mqa", "mha": "mha"}),
-    "attn_type": ("attention", {"vq": "vq", "vq_old": "vq", "full": "dense"}),
-    "reduction_type": ("reduction", {
-        "serial": "serial", "matmul": "matmul", "assoc_scan": "associative", "sum": "associative",
-    }),
-}  # fmt: skip
-
-
-def config_from_reference(cfg: Mapping[str, Any], **overrides: Any) -> TransformerVQConfig:
-    """The config that computes what the reference computes with its hyperparameters `cfg`.
-
-    Args:
-        cfg: the reference's names. With a `head_type` it is the optimized branch, whose window is
-            one block (mem_len = block_len); without, the main branch. Integers may stand for
-            booleans. Names that do not describe the net (batch size, optimiser ...) are ignored.
-        overrides: fields of `TransformerVQConfig`, applied last; they also stand in for missing
-            names.
-
-    Raises:
-        ValueError: names every missing hyperparameter, or an unknown choice.
-    """
-    optimized = "head_type" in cfg
-    names = _SHARED_FIELDS if optimized else _MAIN_FIELDS
-    missing = sorted(n for n, ours in names.items() if n not in cfg and ours not in overrides)
-    if missing:
-        raise ValueError(f"the reference config lacks {', '.join(missing)}; add them")
-    fields = {}
-    for name, ours in names.items():
-        if name in cfg:
-            kind = type(getattr(TransformerVQConfig, ours))
-            fields[ours] = kind(cfg[name])
-    if optimized:
-        fields |= _OPTIMIZED_FIXED
-        for name, (ours, known) in _CHOICES.items():
-            value = cfg.get(name, next(iter(known)))
-            if value not in known:
-                raise ValueError(f"{name}={value!r} is not one of {', '.join(known)}")
-            fields[ours] = known[value]
-        if "block_len" in cfg:
-            fields["mem_len"] = fields["block_len"]
-    else:
-        fields |= _MAIN_FIXED
-    return TransformerVQConfig(**(fields | overrides))
+# ---------------------------------------------------------------- layouts
 
 
 def detect_layout(flat: Flat) -> str:
@@ -150,7 +91,7 @@ def infer_config(flat: Flat) -> dict[str, Any]:
         first = below(flat, "transformer_layers_0/scanned_attn1/")
         heads, n_code, d_k = shape_of(first, "quantizer/c_sum", 3)
         vocab, d_model = shape_of(flat, "token_embedder/embs", 2)
-        return _MAIN_FIXED | {
+        return MAIN_FIXED | {
             "vocab_size": vocab,
             "d_model": d_model,
             "n_layer": len(_main_layers(flat)),
@@ -165,7 +106,7 @@ def infer_config(flat: Flat) -> dict[str, Any]:
     kind = _attention_class(flat)
     first = below(flat, f"stack/{kind}_0/")
     n_layer, _, d_model, k_width = shape_of(first, "qkvg_producer/k_proj/kernel", 4)
-    fields = _OPTIMIZED_FIXED | {
+    fields = OPTIMIZED_FIXED | {
         "vocab_size": shape_of(flat, "token_embed/embedding", 2)[0],
         "d_model": d_model,
         "n_layer": n_layer,
@@ -488,3 +429,20 @@ def _with_prefix(prefix: str, convert: Callable[[Flat], Variables], flat: Flat) 
         return convert(flat)
     except ValueError as error:
         raise ValueError(f"{prefix}: {error}") from None
+
+
+__all__ = [
+    "config_from_reference",
+    "config_to_reference",
+    "detect_layout",
+    "from_reference_main",
+    "from_reference_optimized",
+    "infer_config",
+    "parameter_count",
+    "sublayer_from_main",
+    "sublayer_from_optimized",
+    "sublayer_to_main",
+    "sublayer_to_optimized",
+    "to_reference_main",
+    "to_reference_optimized",
+]
