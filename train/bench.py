@@ -1,9 +1,10 @@
-"""`lintime bench`: training tokens/s and peak memory of dense and VQ attention over sequence lengths.
+"""`lintime bench`: training tokens/s and peak memory of dense and VQ attention over lengths.
 
-Every variant is first checked against the reference path; one that fails is not timed. Then the whole
-training step (loss, gradients, clipping, AdamW, codebook update) is compiled and timed at a constant number
-of tokens per step. On an accelerator every measurement runs in a process of its own, because a device's
-peak memory is that of a process's whole life, and because running out of memory should cost one cell only.
+Every variant is first checked against the reference path; one that fails is not timed. Then the
+whole training step (loss, gradients, clipping, AdamW, codebook update) is compiled and timed, at a
+constant number of tokens per step. On an accelerator every measurement runs in a process of its
+own: a device's peak memory is that of a process's whole life, and running out of memory should cost
+one cell only. The first process never touches the device.
 """
 
 from __future__ import annotations
@@ -45,32 +46,35 @@ TAKEN = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `lintime bench` to its (sub)parser."""
-    parser.add_argument("--lengths", nargs="+", metavar="T", default=[],
-                        help="sequence lengths (accelerator: 2048 8192 32768, CPU: 64 128 256)")  # fmt: skip
-    parser.add_argument("--variants", nargs="+", metavar="V", default=[],
-                        help=f"of {', '.join(VARIANTS)} (default: all but dense)")  # fmt: skip
-    parser.add_argument("--head", default="shga", help="head type: shga, mqa or mha")
-    parser.add_argument("--tokens", metavar="N",
-                        help="tokens per step; rows = N / length, at least 1 (65536; CPU: 512)")  # fmt: skip
-    parser.add_argument("--steps", metavar="N", help="timed steps (default 10)")
-    parser.add_argument("--warmup", metavar="N", help="steps before these (default 3)")
-    parser.add_argument("--remat", help="none, full or dots (accelerator: full, CPU: none)")
-    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="FIELD=VALUE",
-                        dest="overrides", help="change the configuration, e.g. net.n_layer=24")  # fmt: skip
-    parser.add_argument("--devices", metavar="N", help="devices, rows split over them (default 1)")
-    parser.add_argument("--op", action="store_true",
-                        help="time the parts of one attention sublayer instead of training steps")  # fmt: skip
-    parser.add_argument("--original", action="store_true",
-                        help="show the figures of the original JAX code beside them (H200, defaults)")  # fmt: skip
-    parser.add_argument("--isolate", action=argparse.BooleanOptionalAction, default=None,
-                        help="one process per measurement (default: on an accelerator)")  # fmt: skip
-    parser.add_argument("--out", default="runs/bench", metavar="DIR",
-                        help="for bench.md, bench.json, bench.png (default runs/bench)")  # fmt: skip
-    parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
+    add = parser.add_argument
+    add("--lengths", nargs="+", metavar="T", default=[],
+        help="sequence lengths (accelerator: 2048 8192 32768; CPU: 64 256)")  # fmt: skip
+    add("--variants", nargs="+", metavar="V", default=[],
+        help=f"of {', '.join(VARIANTS)} (default: all but dense)")  # fmt: skip
+    add("--head", default="shga", metavar="TYPE", help="head type: shga, mqa or mha")
+    add("--tokens", metavar="N",
+        help="tokens per step, at least one row (accelerator: 65536; CPU: 512)")  # fmt: skip
+    add("--steps", metavar="N", help="timed steps (default 10)")
+    add("--warmup", metavar="N", help="steps before these (default 3)")
+    add("--remat", metavar="POLICY", help="none, full or dots (accelerator: full; CPU: none)")
+    add("--set", nargs="+", action="extend", default=[], metavar="FIELD=VALUE", dest="overrides",
+        help="change the configuration, e.g. net.n_layer=24")  # fmt: skip
+    add("--devices", metavar="N", help="devices, rows split over them (default 1)")
+    add("--op", action="store_true",
+        help="time the parts of one attention sublayer instead of training steps")  # fmt: skip
+    add("--original", action="store_true",
+        help="show the original JAX code's figures besides (H200 at the defaults)")  # fmt: skip
+    add("--isolate", action=argparse.BooleanOptionalAction, default=None,
+        help="one process per measurement (default: on an accelerator)")  # fmt: skip
+    add("--out", default="runs/bench", metavar="DIR",
+        help="for bench.md, .json and .png, or op.md and .json (default runs/bench)")  # fmt: skip
+    add("--json", action="store_true", help="print the JSON instead of the tables")
 
 
 def bench(arguments: argparse.Namespace) -> dict[str, Any]:
     """Run the benchmark that the arguments describe; prints and writes the report, and returns it.
+
+    Files are written after every measurement, so an interrupted benchmark leaves what it has.
 
     Raises:
         UserError: bad arguments; or a variant's check failed (the others' figures are still shown).
@@ -81,7 +85,7 @@ def bench(arguments: argparse.Namespace) -> dict[str, Any]:
     warmup = _whole(arguments.warmup or "3", "--warmup")
     devices = _whole(arguments.devices or "1", "--devices")
     tokens = arguments.tokens and _whole(arguments.tokens, "--tokens")
-    _check_overrides(arguments)
+    _check_choices(arguments)
 
     isolate = arguments.isolate
     if isolate is None and _only_cpu():
@@ -90,8 +94,8 @@ def bench(arguments: argparse.Namespace) -> dict[str, Any]:
     accelerator = device["platform"] != "cpu"
     isolate = accelerator if isolate is None else isolate
     if devices > device["count"]:
-        raise UserError(f"--devices {devices}: there are only {device['count']} here")
-    lengths = sorted(set(lengths)) or ([2048, 8192, 32768] if accelerator else [64, 128, 256])
+        raise UserError(f"--devices {devices}: this machine has {device['count']}; choose fewer")
+    lengths = sorted(set(lengths)) or ([2048, 8192, 32768] if accelerator else [64, 256])
     tokens = tokens or (65536 if accelerator else 512)
     base = base_run(accelerator, arguments.head, arguments.remat)
     base = apply_overrides(base, arguments.overrides)
@@ -99,50 +103,44 @@ def bench(arguments: argparse.Namespace) -> dict[str, Any]:
     for run in runs.values():
         validate(run)
 
-    say = lambda text: print(text, file=sys.stderr, flush=True)
-    original = None
-    if arguments.original:
-        standard = base == base_run(True, arguments.head, arguments.remat) and tokens == 65536
-        if "H200" in device["kind"] and standard and devices == 1:
-            original = ORIGINAL.get(arguments.head)
-        if original is None:
-            say("--original: there are figures for one H200 at the defaults with shga or mha only")
     report = {
         "device": device, "devices": devices, "python": platform.python_version(),
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "command": command_line(arguments), "settings": _settings(base, tokens, steps, warmup, isolate),
-        "config": to_json(base), "tokens": tokens, "lengths": lengths, "variants": variants,
-        "original": original, "checks": {}, "points": [],
+        "command": command_line(arguments), "settings": _settings(base, tokens),
+        "config": to_json(base), "tokens": tokens, "steps": steps, "warmup": warmup,
+        "isolated": isolate, "lengths": lengths, "variants": variants, "original": None,
+        "checks": {}, "points": [],
     }  # fmt: skip
+    if not arguments.op:
+        report["settings"] += f"; median of {steps} steps after {warmup}"
+    if any(v == "dense-flash" for v in variants) and not _fused(device, base):
+        report["settings"] += "; dense-flash runs unfused here (fused: GPU and bfloat16)"
+    if arguments.original:
+        report["original"] = _original(arguments, device, devices, base, tokens)
 
-    say(f"{device['kind']}: checking {', '.join(variants)} against the reference")
+    _say(f"{device['kind']}: checking {', '.join(variants)} against the reference ...")
     checks = {v: to_json(runs[v, lengths[0]]) for v in variants}
     report["checks"] = _work({"kind": "check", "runs": checks}, isolate)
     for number, ((variant, length), run) in enumerate(runs.items()):
         point = {"variant": variant, "length": length, "rows": run.batch_size}
-        report["points"].append(point)
-        if not report["checks"][variant]["ok"]:
+        if report["checks"][variant]["ok"]:
+            _say(f"[{number + 1}/{len(runs)}] {variant}, {run.batch_size} x {length} tokens ...")
+            point |= _work(
+                {"kind": "parts" if arguments.op else "steps", "run": to_json(run), "steps": steps,
+                 "warmup": warmup, "devices": devices, "alone": isolate}, isolate,
+            )  # fmt: skip
+            _say("    " + _one_line(point))
+        else:
             point["status"] = "unchecked"
-            continue
-        say(f"[{number + 1}/{len(runs)}] {variant}, length {length}, {run.batch_size} rows ...")
-        job = {"kind": "parts" if arguments.op else "steps", "run": to_json(run), "steps": steps,
-               "warmup": warmup, "devices": devices, "alone": isolate}  # fmt: skip
-        point |= _work(job, isolate)
-        say("    " + _one_line(point))
-
-    text = parts_markdown(report) if arguments.op else markdown(report)
-    out, stem = Path(arguments.out), "op" if arguments.op else "bench"
-    write_atomic(out / f"{stem}.json", json.dumps(report, indent=1) + "\n")
-    write_atomic(out / f"{stem}.md", text + "\n")
-    if not arguments.op:
-        write_atomic(out / f"{stem}.png", picture(report))
+        report["points"].append(point)
+        text = _write(report, Path(arguments.out), arguments.op)
     print(json.dumps(report, indent=1) if arguments.json else text, flush=True)
-    say(f"written to {out}/{stem}.*")
+    _say(f"written to {Path(arguments.out) / ('op' if arguments.op else 'bench')}.*")
     failed = [v for v in variants if not report["checks"][v]["ok"]]
     if failed:
         raise UserError(
-            f"{', '.join(failed)}: the result differs from the reference path, so no timing is shown; "
-            "see the check table, and report it with the command and device above"
+            f"{', '.join(failed)}: the result differs from the reference path, so there is no "
+            "timing; please report the table of checks with the device and the command"
         )
     return report
 
@@ -150,13 +148,13 @@ def bench(arguments: argparse.Namespace) -> dict[str, Any]:
 def base_run(accelerator: bool, head: str, remat: str | None = None) -> Run:
     """The configuration measured, before variant and length are set.
 
-    On an accelerator Transformer-VQ's throughput configuration with 12 layers: bfloat16, dropout of the
-    position table 0.1 and no other, AdamW 4e-4, clipping 0.1, warm-up of 10 updates; each layer is
-    recomputed in the backward pass (remat "full"). On a CPU a tiny relative of it.
+    On an accelerator Transformer-VQ's throughput configuration with 12 layers: bfloat16, dropout
+    of the position table 0.1 and no other, AdamW 4e-4, clipping 0.1, warm-up of 10 updates; each
+    layer is recomputed in the backward pass (remat "full"). On a CPU a tiny relative of it.
     """
-    sizes = dict(n_layer=12) if accelerator else dict(
-        n_layer=2, d_model=64, d_k=32, n_code=16, block_len=16, mem_len=16
-    )  # fmt: skip
+    sizes = {"n_layer": 12}
+    if not accelerator:
+        sizes = dict(n_layer=2, d_model=64, d_k=32, n_code=16, block_len=16, mem_len=16)
     compute, policy = ("bfloat16", "full") if accelerator else ("float32", "none")
     return Run(
         net=TransformerVQConfig(head_type=head, dropout_sin=0.1, **sizes),
@@ -167,7 +165,7 @@ def base_run(accelerator: bool, head: str, remat: str | None = None) -> Run:
 
 
 def configure(base: Run, variant: str, length: int, tokens: int) -> Run:
-    """`base` as one variant at one length; a step holds `tokens` tokens, or one row where that is more."""
+    """`base` as one variant at one length, in steps of `tokens` tokens but at least one row."""
     return dataclasses.replace(
         base,
         net=dataclasses.replace(base.net, **VARIANTS[variant]),
@@ -223,7 +221,7 @@ def _work(job: dict[str, Any], isolate: bool) -> dict[str, Any]:
     if not isolate:
         return _do(job)
     child = subprocess.run(
-        [sys.executable, "-m", f"{__package__}.bench"],
+        [sys.executable, "-m", f"{__package__}.bench", "--child"],
         input=json.dumps(job), capture_output=True, text=True,
     )  # fmt: skip
     lines = child.stdout.splitlines()
@@ -282,7 +280,7 @@ def _variants(words: list[str]) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def _check_overrides(arguments: argparse.Namespace) -> None:
+def _check_choices(arguments: argparse.Namespace) -> None:
     if arguments.head not in ("shga", "mqa", "mha"):
         raise UserError(f"--head {arguments.head}: choose shga, mqa or mha")
     if arguments.remat not in (None, "none", "full", "dots"):
@@ -293,24 +291,68 @@ def _check_overrides(arguments: argparse.Namespace) -> None:
             raise UserError(f"--set {field}: use {TAKEN[field]} instead")
 
 
-def _settings(base: Run, tokens: int, steps: int, warmup: int, isolate: bool) -> str:
+# ---------------------------------------------------------------- report
+
+
+def _original(arguments, device, devices, base, tokens) -> dict | None:
+    standard = base == base_run(True, arguments.head) and tokens == 65536 and devices == 1
+    if standard and "H200" in device["kind"] and arguments.head in ORIGINAL:
+        return ORIGINAL[arguments.head]
+    _say("--original: these figures hold for one H200 at the defaults, shga or mha; left out")
+    return None
+
+
+def _fused(device: dict, base: Run) -> bool:
+    return device["platform"] == "gpu" and base.precision.compute == "bfloat16"
+
+
+def _settings(base: Run, tokens: int) -> str:
     net = base.net
     return (
         f"{net.n_layer} layers, d_model {net.d_model}, d_k {net.d_k}, {net.n_code} codes, block "
         f"{net.block_len}, {net.head_type.upper()}, {tokens:,} tokens a step, "
-        f"{base.precision.compute}, remat {base.precision.remat}, {base.optim.name}; median of {steps} "
-        f"steps after {warmup}, {'one process per measurement' if isolate else 'one process'}"
+        f"{base.precision.compute}, remat {base.precision.remat}, {base.optim.name}"
     )
+
+
+def _write(report: dict[str, Any], out: Path, op: bool) -> str:
+    """Write all files of the report so far; returns its tables."""
+    text, stem = (parts_markdown(report), "op") if op else (markdown(report), "bench")
+    write_atomic(out / f"{stem}.json", json.dumps(report, indent=1) + "\n")
+    write_atomic(out / f"{stem}.md", text + "\n")
+    if not op:
+        write_atomic(out / f"{stem}.png", picture(report))
+    return text
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
 def _one_line(point: dict[str, Any]) -> str:
     if point["status"] != "ok":
         return f"{point['status']}: {point.get('message', '')}"
     if "parts" in point:
-        time = lambda ms: "-" if ms is None else f"{ms:.2f}"
-        return ", ".join(f"{k} {time(p['forward'])}/{time(p['both'])}" for k, p in point["parts"].items())
+        time = lambda ms: "OOM" if ms is None else f"{ms:.2f}"
+        texts = [f"{k} {'/'.join(map(time, p.values()))}" for k, p in point["parts"].items()]
+        return f"{', '.join(texts)} ms"
     return f"{point['median_ms']:.1f} ms/step, {point['tokens_per_s']:,.0f} tokens/s"
 
 
+def _main() -> int:
+    """`python -m lintime.train.bench`: the same as `lintime bench`, and its child processes."""
+    if sys.argv[1:] == ["--child"]:
+        _child()
+        return 0
+    parser = argparse.ArgumentParser(prog="lintime bench", description=__doc__.splitlines()[0])
+    add_arguments(parser)
+    try:
+        bench(parser.parse_args())
+    except UserError as error:
+        print(f"lintime: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
 if __name__ == "__main__":
-    _child()
+    sys.exit(_main())

@@ -10,8 +10,7 @@ COLORS = {
     "dense-flash": "tab:red", "dense": "tab:brown", "vq-serial": "tab:blue",
     "vq-associative": "tab:green", "vq-matmul": "tab:orange",
 }  # fmt: skip
-# Tokens/s of the original JAX code at the throughput configuration, measured on one H200 before this
-# project began (length -> tokens/s).
+# Tokens/s of the original JAX code by length, at the throughput configuration.
 ORIGINAL = {
     "shga": {
         "VQ": {2048: 208e3, 8192: 205e3, 32768: 193e3},
@@ -29,14 +28,15 @@ def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     """A markdown table with aligned columns, the first to the left, the others to the right."""
     cells = [[str(c) for c in row] for row in (header, *rows)]
     width = [max(3, *(len(row[i]) for row in cells)) for i in range(len(header))]
-    pad = lambda row: [c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, width))]
-    rule = ["-" * w if i == 0 else "-" * (w - 1) + ":" for i, w in enumerate(width)]
-    return "\n".join(f"| {' | '.join(row)} |" for row in (pad(cells[0]), rule, *map(pad, cells[1:])))
+    pad = lambda row: [row[0].ljust(width[0]), *(c.rjust(w) for c, w in zip(row[1:], width[1:]))]
+    rule = ["-" * width[0], *("-" * (w - 1) + ":" for w in width[1:])]
+    lines = [pad(cells[0]), rule, *map(pad, cells[1:])]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def markdown(report: dict[str, Any]) -> str:
-    """The whole report: device and settings, errors, details, tokens/s by length."""
-    return "\n\n".join([*_head(report), _checks(report), _details(report), _summary(report)])
+    """The whole report: device and settings, tokens/s by length, details, errors."""
+    return "\n\n".join([*_head(report), _summary(report), _details(report), _checks(report)])
 
 
 def parts_markdown(report: dict[str, Any]) -> str:
@@ -47,15 +47,7 @@ def parts_markdown(report: dict[str, Any]) -> str:
         for part, value in point.get("parts", {}).items():
             names.setdefault((point["variant"], part), {})[point["length"]] = value
     time = lambda ms: "OOM" if ms is None else f"{ms:.3f}"
-
-    def cell(value):
-        if value is None:
-            return "-"
-        both = value["both"] if "both" in value else None
-        if both is None and value["forward"] is not None:
-            return time(value["forward"])
-        return f"{time(value['forward'])} / {time(both)}"
-
+    cell = lambda value: "-" if value is None else " / ".join(map(time, value.values()))
     rows = [
         [variant, part, *(cell(values.get(n)) for n in lengths)]
         for (variant, part), values in names.items()
@@ -66,17 +58,17 @@ def parts_markdown(report: dict[str, Any]) -> str:
         for p in report["points"]
         if p["status"] != "ok"
     ]
-    return "\n\n".join([*_head(report), text, *failed])
+    return "\n\n".join([*_head(report), _checks(report), text, *failed])
 
 
 def _head(report) -> list[str]:
-    device = report["device"]
-    count = f" x {report['devices']}" if report["devices"] > 1 else ""
-    return [
-        f"{device['kind']}{count}, jax {device['jax']}, Python {report['python']}, {report['date']}: "
-        f"`{report['command']}`",
-        report["settings"],
-    ]
+    where = f"{_device(report)}, Python {report['python']}, {report['date']}"
+    return [f"{where}: `{report['command']}`", report["settings"]]
+
+
+def _device(report) -> str:
+    device, count = report["device"], report["devices"]
+    return f"{device['kind']}{f' x {count}' if count > 1 else ''}, jax {device['jax']}"
 
 
 def _failure(point) -> str:
@@ -91,7 +83,7 @@ def _checks(report) -> str:
             rows.append([variant, name, f"{value:.1e}", f"{gradient:.1e}", where or "-", verdict])
         if not result["errors"]:
             rows.append([variant, "-", "-", "-", result.get("message", ""), "FAIL"])
-    header = ["check (relative L2 error)", "what", "value", "gradient", "worst gradient", "variant"]
+    header = ["check (relative L2 error)", "what", "value", "gradient", "worst gradient", "result"]
     return table(header, rows)
 
 
@@ -104,10 +96,9 @@ def _details(report) -> str:
             rows.append([*head, _failure(p), *["-"] * 5])
             continue
         use = "-" if p["mfu"] is None else f"{100 * p['mfu']:.1f}%"
-        spread = f"{p['median_ms']:.1f}"
         rows.append(
-            [*head, spread, f"{p['tokens_per_s']:,.0f}", use, gib(p["peak_bytes"]),
-             gib(p["compiled_bytes"]), f"{p['compile_s']:.1f}"]
+            [*head, f"{p['median_ms']:.1f}", f"{p['tokens_per_s']:,.0f}", use,
+             gib(p["peak_bytes"]), gib(p["compiled_bytes"]), f"{p['compile_s']:.1f}"]
         )  # fmt: skip
     header = ["training step", "length", "rows", "ms/step", "tokens/s", "MFU", "peak GiB",
               "compiled GiB", "compile s"]  # fmt: skip
@@ -149,8 +140,10 @@ def picture(report: dict[str, Any]) -> bytes:
                 color=COLORS[variant], marker=markers[variant], linewidth=1.6, markersize=5,
             )  # fmt: skip
     for name, values in (report["original"] or {}).items():
-        axes.plot(list(values), list(values.values()), "--", color="0.45" if name == "VQ" else "0.7",
-                  linewidth=1.2, label=f"{name}, {ORIGINAL_SOURCE}")  # fmt: skip
+        axes.plot(
+            list(values), list(values.values()), "--", color="0.45" if name == "VQ" else "0.7",
+            linewidth=1.2, label=f"{name}, {ORIGINAL_SOURCE}",
+        )  # fmt: skip
     axes.set_xscale("log", base=2)
     axes.set_xticks(report["lengths"], [f"{n:,}" for n in report["lengths"]])
     axes.xaxis.set_minor_locator(NullLocator())
@@ -161,9 +154,7 @@ def picture(report: dict[str, Any]) -> bytes:
     axes.grid(alpha=0.3)
     if axes.lines:
         axes.legend(fontsize=7)
-    device = report["device"]
-    count = f" x {report['devices']}" if report["devices"] > 1 else ""
-    axes.set_title(f"{device['kind']}{count}, jax {device['jax']}, {report['date']}", fontsize=9)
+    axes.set_title(f"{_device(report)}, {report['date']}", fontsize=9)
     figure.text(0.01, -0.03, report["settings"], fontsize=6, wrap=True)
     out = io.BytesIO()
     canvas.figure.savefig(out, format="png", bbox_inches="tight")
