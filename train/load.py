@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -163,6 +165,16 @@ def load(
             "`lintime train` or `lintime convert` wrote"
         )
     config = read_config(path / "config.json")
+    with _errors_only("absl"):  # orbax warns that a checkpoint opened for reading is read-only
+        restored, step, fingerprint = _restore(config, path, step, ema)
+    return LoadedRun(
+        config, restored["params"], restored["stats"], step=step, path=path, vocab=vocab,
+        vocab_fingerprint=fingerprint.get("vocab"),
+    )  # fmt: skip
+
+
+def _restore(config: Run, path: Path, step: int | None, ema: bool) -> tuple[dict, int, dict]:
+    """{"params", "stats"} on one device, their step, and the fingerprint of the training data."""
     checkpoints = Checkpoints(path)
     latest = checkpoints.latest_step()
     if latest is None:
@@ -181,8 +193,15 @@ def load(
         lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=device),
         jax.eval_shape(task.init, jax.random.key(0)),
     )
-    restored = restore_inference(path, abstract, ema=ema, step=step)
-    return LoadedRun(
-        config, restored["params"], restored["stats"], step=step, path=path, vocab=vocab,
-        vocab_fingerprint=fingerprint.get("vocab"),
-    )  # fmt: skip
+    return restore_inference(path, abstract, ema=ema, step=step), step, fingerprint
+
+
+@contextlib.contextmanager
+def _errors_only(name: str) -> Iterator[None]:
+    logger = logging.getLogger(name)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

@@ -1,0 +1,64 @@
+"""The notebooks run from top to bottom, and are kept without outputs."""
+
+import ast
+import os
+import pathlib
+
+import pytest
+
+nbformat = pytest.importorskip("nbformat", reason="needs the notebook extra")
+nbclient = pytest.importorskip("nbclient", reason="needs the notebook extra")
+
+FOLDER = pathlib.Path(__file__).resolve().parents[1] / "notebooks"
+NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
+
+
+def read(path):
+    return nbformat.read(path, as_version=4)
+
+
+def code_cells(notebook):
+    return [c for c in notebook.cells if c.cell_type == "code"]
+
+
+def test_there_are_notebooks():
+    assert [p.name for p in NOTEBOOKS] == ["transformer_vq.ipynb"]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_outputs_are_stripped(path):
+    for cell in code_cells(read(path)):
+        assert not cell.outputs and cell.execution_count is None, "clear the outputs first"
+
+
+def test_from_load_to_sample_takes_under_ten_lines():
+    cells = [c.source for c in code_cells(read(FOLDER / "transformer_vq.ipynb"))]
+    loads = next(i for i, source in enumerate(cells) if "lintime.load(" in source)
+    assert ".generate(" in cells[loads]
+    for source in cells[loads : loads + 2]:  # the short way, and the jitted sampler
+        assert len(ast.parse(source).body) < 10 and len(source.splitlines()) < 12
+
+
+@pytest.mark.notebook
+@pytest.mark.slow
+def test_transformer_vq(tmp_path):
+    """Where there is no run, the notebook trains a small one; everything else then works on it."""
+    notebook = read(FOLDER / "transformer_vq.ipynb")
+    env = os.environ.copy()
+    env.update(
+        LINTIME_RUN=str(tmp_path / "run"),
+        MPLBACKEND="module://matplotlib_inline.backend_inline",
+        XLA_FLAGS="",
+    )
+    client = nbclient.NotebookClient(
+        notebook, timeout=600, resources={"metadata": {"path": str(tmp_path)}}
+    )
+    client.execute(env=env)
+    outputs = [out for cell in code_cells(notebook) for out in cell.outputs]
+    printed = "".join(out.get("text", "") for out in outputs)
+    assert (tmp_path / "run" / "config.json").exists()
+    sizes = {line.split(": ")[1] for line in printed.splitlines() if "kB of state" in line}
+    assert len(sizes) == 1  # for 39 and for 1117 tokens of context
+    assert "perplexity" in printed and "'import " in printed
+    assert "WARNING" not in printed
+    assert sum("image/png" in out.get("data", {}) for out in outputs) == 2
