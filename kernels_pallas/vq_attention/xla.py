@@ -13,14 +13,52 @@ three orders of the same arithmetic.
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from .. import dispatch
+from ..compat import vary
 from .state import VQState
 
 NEGATIVE = -1e30
 REDUCTIONS = ("serial", "associative", "matmul")
+
+
+def matmul(spec: str, a: Array, b: Array) -> Array:
+    """einsum(spec, a, b) of two operands, accumulated and returned in at least float32.
+
+    The backward pass rounds the cotangent to the operands' dtype first, so that its matmuls run in that dtype
+    too: without this a float32 cotangent would turn every bfloat16 matmul of the backward pass into a
+    float32 one. For float32 operands it is the plain einsum.
+    """
+    return _matmul(spec, *vary((a, b), (a, b)))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _matmul(spec, a, b):
+    acc = jnp.promote_types(jnp.promote_types(a.dtype, b.dtype), jnp.float32)
+    if dispatch.current_device().startswith("cpu"):  # XLA's CPU backend lacks some bfloat16 matmuls
+        a, b = a.astype(acc), b.astype(acc)
+    return jnp.einsum(spec, a, b, preferred_element_type=acc)
+
+
+def _matmul_fwd(spec, a, b):
+    return _matmul(spec, a, b), (a, b)
+
+
+def _matmul_bwd(spec, operands, cotangent):
+    a, b = operands
+    inputs, out = spec.split("->")
+    left, right = inputs.split(",")
+    da = _matmul(f"{out},{right}->{left}", cotangent.astype(b.dtype), b)
+    db = _matmul(f"{left},{out}->{right}", a, cotangent.astype(a.dtype))
+    return da.astype(a.dtype), db.astype(b.dtype)
+
+
+_matmul.defvjp(_matmul_fwd, _matmul_bwd)
 
 
 def skew(x: Array, length: int) -> Array:
@@ -57,11 +95,15 @@ def window_mask(block_len: int, mem_len: int, first: Array | int, locality: bool
 
 
 def block_summaries(codes: Array, values: Array, n_code: int) -> tuple[Array, Array]:
-    """Counts [..., S] and value sums [..., S, V] per code of the keys [..., L] (codes = S count nowhere)."""
-    acc = jnp.promote_types(values.dtype, jnp.float32)
+    """Counts [B, h, R, S] and value sums [B, h, R, S, V] per code, of blocks of L keys.
+
+    Args:
+        codes: [B, h, R, L]; S marks a key that counts nowhere.
+        values: [B, h, R, L, V].
+    """
     assigned = jax.nn.one_hot(codes, n_code, dtype=values.dtype)
-    sums = jnp.einsum("...ls,...lv->...sv", assigned, values, preferred_element_type=acc)
-    return jnp.sum(assigned.astype(acc), axis=-2), sums
+    sums = matmul("bhrls,bhrlv->bhrsv", assigned, values)
+    return jnp.sum(assigned.astype(sums.dtype), axis=-2), sums
 
 
 def cache_prefix(
@@ -166,8 +208,10 @@ def vq_attention_xla(
     keys = jnp.concatenate([state.keys.astype(dtype), pad(k.astype(dtype), 2)], axis=2)
     values = jnp.concatenate([state.values.astype(dtype), pad(v.astype(dtype), 2)], axis=2)
     segment = jnp.concatenate([state.segments, pad(segment_ids, 1)], axis=1)
-    if ragged or tail:
-        segment = lax.cummax(segment, axis=1)  # document ids never fall; padding inherits the last
+    if ragged or tail:  # padding belongs to the last document
+        end = jnp.maximum(mem + used - 1, 0)[:, None]
+        is_token = jnp.arange(segment.shape[1]) <= end
+        segment = jnp.where(is_token, segment, jnp.take_along_axis(segment, end, axis=1))
 
     # The cache before each block, and after the last key.
     n_keys = n_block * block
@@ -194,9 +238,9 @@ def vq_attention_xla(
     group = heads // kv_heads
     width = mem + block
 
-    def with_bias(bias):  # [B, h, G, R, L, K]
+    def with_bias(bias):  # [B, h, R, G, L, K]: the heads of a group share keys, so they lie together
         x = (q.astype(acc) + bias.astype(acc)[None, :, None, :]).astype(dtype)
-        return pad(x, 2).reshape(batch, kv_heads, group, n_block, block, d_k)
+        return jnp.moveaxis(pad(x, 2).reshape(batch, kv_heads, group, n_block, block, d_k), 2, 3)
 
     def window(a):  # [B, h, M + R*L, *] -> [B, h, R, W, *]
         older = stop(_window_frames(a, mem, block, n_block))
@@ -204,41 +248,44 @@ def vq_attention_xla(
         return jnp.concatenate([older, own], axis=3)
 
     qc = with_bias(content_bias)
-    dot = lambda spec, a, b: jnp.einsum(spec, a, b, preferred_element_type=acc)
-    scores = dot("bhgrik,bhrjk->bhgrij", qc, window(keys))
-    from_diagonal = rel[:, ::-1].astype(dtype)  # column m is the key m places after slot i
-    bias = dot("bhgrik,hmk->bhgrim", with_bias(position_bias), from_diagonal)
-    scores = scores + skew(bias, width)
+    scores = matmul("bhrgik,bhrjk->bhrgij", qc, window(keys))
+    # Position bias by column m = j - i, i.e. distance M - m: one column for the far end (distance M), apart
+    # so that the matmul has an even width, and M columns for distances M-1 .. 0.
+    qp = with_bias(position_bias)
+    far = jnp.einsum("bhrgik,hk->bhrgi", qp, rel[:, -1].astype(dtype), preferred_element_type=acc)
+    near = matmul("bhrgik,hmk->bhrgim", qp, rel[:, -2::-1].astype(dtype))
+    scores = scores + skew(jnp.concatenate([far[..., None], near], axis=-1), width)
     first = jnp.maximum(mem - state.offset[:, None] - jnp.arange(n_block) * block, 0)  # [B, R]
-    keep = window_mask(block, mem, first, locality=not use_cache)[:, None, None]
+    keep = window_mask(block, mem, first, locality=not use_cache)[:, None, :, None]
     if mask_segments:
         seg_q = segment[:, mem:].reshape(batch, n_block, block)
         seg_k = jnp.concatenate(
             [_window_frames(segment[..., None], mem, block, n_block)[..., 0], seg_q], axis=2
         )
-        keep &= (seg_q[..., :, None] == seg_k[..., None, :])[:, None, None]
+        keep &= (seg_q[..., :, None] == seg_k[..., None, :])[:, None, :, None]
     scores = jnp.where(keep, scores, NEGATIVE)
     top = jnp.max(scores, axis=-1, keepdims=True)
     if use_cache:
         constant = lax.stop_gradient(codebook).astype(dtype)
-        cache_scores = dot("bhgrik,hsk->bhgris", qc, constant)
-        cache_scores += log_count(counts[:, :, None, :n_block, None])
+        cache_scores = matmul("bhrgik,hsk->bhrgis", qc, constant)
+        cache_scores += log_count(counts[:, :, :n_block, None, None])
         if mask_segments:
             cache_segment = jnp.concatenate([state.cache_segment[:, None], newest[:, :-1]], axis=1)
             same = seg_q == cache_segment[..., None]
-            cache_scores = jnp.where(same[:, None, None, :, :, None], cache_scores, NEGATIVE)
+            cache_scores = jnp.where(same[:, None, :, None, :, None], cache_scores, NEGATIVE)
         top = jnp.maximum(top, jnp.max(cache_scores, axis=-1, keepdims=True))
     top = lax.stop_gradient(top)
     weights = jnp.exp(scores - top)
     total = jnp.sum(weights, axis=-1, keepdims=True)
-    out = dot("bhgrij,bhrjv->bhgriv", weights.astype(dtype), window(values))
+    out = matmul("bhrgij,bhrjv->bhrgiv", weights.astype(dtype), window(values))
     if use_cache:
         weights = jnp.exp(cache_scores - top)
         total += jnp.sum(weights, axis=-1, keepdims=True)
-        out += dot(
-            "bhgris,bhrsv->bhgriv", weights.astype(dtype), means[:, :, :n_block].astype(dtype)
+        out += matmul(
+            "bhrgis,bhrsv->bhrgiv", weights.astype(dtype), means[:, :, :n_block].astype(dtype)
         )
-    out = (out / total).astype(dtype).reshape(batch, heads, n_block * block, d_v)[:, :, :t_len]
+    out = jnp.moveaxis((out / total).astype(dtype), 3, 2)
+    out = out.reshape(batch, heads, n_block * block, d_v)[:, :, :t_len]
     if ragged:
         out = jnp.where(valid, out, 0)
 
