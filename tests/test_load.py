@@ -268,3 +268,13 @@ def test_a_terminal_without_the_character_gets_a_question_mark():
     out = io.TextIOWrapper(raw, encoding="ascii")
     sample_text(scripted("é!".encode()), sample_of("", length=3), out=out)
     assert raw.getvalue() == b"?!\n"
+
+
+def test_a_terminal_gets_no_control_characters():
+    out = io.StringIO()
+    texts = sample_text(scripted(b"a\x1b[2Jb\tc\n"), sample_of("", length=9), out=out)
+    assert out.getvalue() == "a\x1b[2Jb\tc\n" + "\n"  # a file gets what was drawn
+    out = io.StringIO()
+    out.isatty = lambda: True
+    assert texts == sample_text(scripted(b"a\x1b[2Jb\tc\n"), sample_of("", length=9), out=out)
+    assert out.getvalue() == "a\ufffd[2Jb\tc\n" + "\n"

@@ -163,7 +163,9 @@ def _heading(out: TextIO, row: int, rows: int) -> None:
 
 
 def _write(out: TextIO, text: str) -> None:
-    """Print at once, also on a terminal that cannot show every character."""
+    """Print at once; a terminal gets no control characters, and none it cannot show."""
+    if out.isatty():
+        text = "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
     encoding = getattr(out, "encoding", None) or "utf-8"
     out.write(text.encode(encoding, "replace").decode(encoding))
     out.flush()
