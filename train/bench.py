@@ -74,7 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def bench(arguments: argparse.Namespace) -> dict[str, Any]:
     """Run the benchmark that the arguments describe; prints and writes the report, and returns it.
 
-    Files are written after every measurement, so an interrupted benchmark leaves what it has.
+    Tables and JSON are written after every measurement, so an interrupted benchmark leaves them.
 
     Raises:
         UserError: bad arguments; or a variant's check failed (the others' figures are still shown).
@@ -134,6 +134,8 @@ def bench(arguments: argparse.Namespace) -> dict[str, Any]:
             point["status"] = "unchecked"
         report["points"].append(point)
         text = _write(report, Path(arguments.out), arguments.op)
+    if not arguments.op:
+        write_atomic(Path(arguments.out) / "bench.png", picture(report))
     print(json.dumps(report, indent=1) if arguments.json else text, flush=True)
     _say(f"written to {Path(arguments.out) / ('op' if arguments.op else 'bench')}.*")
     failed = [v for v in variants if not report["checks"][v]["ok"]]
@@ -316,12 +318,10 @@ def _settings(base: Run, tokens: int) -> str:
 
 
 def _write(report: dict[str, Any], out: Path, op: bool) -> str:
-    """Write all files of the report so far; returns its tables."""
+    """Write tables and JSON of the report so far; returns the tables."""
     text, stem = (parts_markdown(report), "op") if op else (markdown(report), "bench")
     write_atomic(out / f"{stem}.json", json.dumps(report, indent=1) + "\n")
     write_atomic(out / f"{stem}.md", text + "\n")
-    if not op:
-        write_atomic(out / f"{stem}.png", picture(report))
     return text
 
 

@@ -22,6 +22,12 @@ ORIGINAL = {
     },
 }
 ORIGINAL_SOURCE = "original JAX code, one H200, measured before this project"
+NOTES = (
+    "ms/step: median, each step timed alone. MFU: 3 x forward matmul FLOPs of the variant's own "
+    "program, nothing recomputed, / time / bfloat16 peak; dense-flash counts the whole square of "
+    "scores, in SHGA once per slice of the values. Peak: of the process, by the device. Compiled: "
+    "arguments, outputs and temporaries of the step."
+)
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
@@ -36,7 +42,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 
 def markdown(report: dict[str, Any]) -> str:
     """The whole report: device and settings, tokens/s by length, details, errors."""
-    return "\n\n".join([*_head(report), _summary(report), _details(report), _checks(report)])
+    return "\n\n".join([*_head(report), _summary(report), _details(report), NOTES, _checks(report)])
 
 
 def parts_markdown(report: dict[str, Any]) -> str:
