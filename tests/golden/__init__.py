@@ -1,4 +1,4 @@
-"""Golden runner: test vectors of one system, described by a manifest.json, through the public modules.
+"""Golden runner: `python -m tests.golden DIR [--case NAME] [--list]`.
 
-    python -m tests.golden DIR [--case NAME] [--list]
+Runs test vectors of one system, described by DIR/manifest.json, through the public modules.
 """

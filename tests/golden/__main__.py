@@ -15,11 +15,14 @@ def main(argv: list[str] | None = None) -> int:
     """Runs a folder of vectors: 0 all pass, 1 something fails, 2 the folder cannot be used."""
     parser = argparse.ArgumentParser(
         prog="python -m tests.golden",
-        description="Run a folder of golden test vectors (manifest.json, .npz, .safetensors) through the "
-        "public modules. One line per case: worst error as a multiple of the tolerance, pass or fail.",
+        description="Run a folder of golden test vectors (manifest.json, .npz, .safetensors) "
+        "through the public modules. One line per case: worst error as a multiple of the "
+        "tolerance, pass or fail.",
     )
     parser.add_argument("dir", help="folder with a manifest.json")
-    parser.add_argument("--case", action="append", metavar="NAME", help="only this case (repeatable)")
+    parser.add_argument(
+        "--case", action="append", metavar="NAME", help="only this case (repeatable)"
+    )
     parser.add_argument("--list", action="store_true", help="print the case names and stop")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     options = parser.parse_args(argv)

@@ -27,11 +27,13 @@ class Check:
         return not self.ratio <= 1.0
 
 
-def error_ratio(got, expected, tolerance: Tolerance, *, gradient: bool = False) -> tuple[float, str]:
-    """Largest |got - expected| as a multiple of what is allowed, and a remark where it is not a number.
+def error_ratio(
+    got, expected, tolerance: Tolerance, *, gradient: bool = False
+) -> tuple[float, str]:
+    """Largest |got - expected| as a multiple of what is allowed, and a remark where it is none.
 
-    Integers and booleans must be equal. A float tolerance is never under the rounding of the dtype in
-    which the expected array is stored.
+    Integers and booleans must be equal. A float tolerance is never under the rounding of the dtype
+    in which the expected array is stored.
     """
     got, expected = np.asarray(got), np.asarray(expected)
     if got.shape != expected.shape:
@@ -150,10 +152,11 @@ class Report:
         tolerance: Callable[[str], Tolerance | None] = lambda name: None,
         how: str = "",
     ) -> None:
-        """Compares a tree in the project's layout with arrays in the reference's parameter layout.
+        """Compares a tree in the project's layout with arrays in the reference's layout.
 
-        The arrays `prefix`<parameter> of the case go through the very conversion that loads checkpoints.
-        Where each entry ends up is found by converting, in place of values, the number of the parameter.
+        The arrays `prefix`<parameter> of the case go through the very conversion that loads
+        checkpoints. Where each entry ends up is found by converting, in place of values, the number
+        of the parameter.
 
         Args:
             got: tree like `convert(case.params)`.
@@ -169,12 +172,13 @@ class Report:
         shapes = {n: np.asarray(a).shape for n, a in self.case.params.items()}
         for name in names:
             if expected[name].shape != shapes[name]:
-                self.fail(prefix + name, f"shape {expected[name].shape}, {shapes[name]} in the file")
+                self.fail(
+                    prefix + name, f"shape {expected[name].shape}, {shapes[name]} in the file"
+                )
                 return
-        tags = convert({n: np.full(s, names.index(n) if n in names else -1, np.float32)
-                        for n, s in shapes.items()})  # fmt: skip
-        values = convert({n: np.asarray(expected[n], np.float64) if n in names else
-                          np.zeros(s) for n, s in shapes.items()})  # fmt: skip
+        number = {name: i for i, name in enumerate(names)}
+        tags = convert({n: np.full(s, number.get(n, -1), np.float32) for n, s in shapes.items()})
+        values = convert({n: np.float64(expected.get(n, np.zeros(s))) for n, s in shapes.items()})
         flat = lambda tree: jax.tree_util.tree_flatten_with_path(tree)[0]
         got = dict(flat(jax.device_get(got)))
         parts: dict[int, list] = {i: [] for i in range(len(names))}

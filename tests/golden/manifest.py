@@ -41,8 +41,8 @@ class Tolerance:
         """The tolerance of a case, in any of the ways manifests state it.
 
         {atol, rtol, [grad_atol, grad_rtol], [note]}; {metric, float32_cpu, [float32_cpu_gradients]}
-        with a metric "absolute" or relative to the largest element; atol and rtol of the case itself;
-        {"note": "exact"}; or one of these for the whole manifest.
+        with a metric "absolute" or relative to the largest element; atol and rtol of the case
+        itself; {"note": "exact"}; or one of these for the whole manifest.
         """
         spec = case.get("tolerance", manifest.get("tolerance"))
         per_array = False

@@ -107,9 +107,7 @@ def run_case(manifest: Manifest, name: str, *, debug: bool = False) -> Outcome:
             report = Report(variant)
             with enable_x64(variant.needs_float64), jax.default_matmul_precision("highest"):
                 families[family](report)
-            checks += [
-                dataclasses.replace(c, name=f"{label}{c.name}") for c in report.checks
-            ]
+            checks += [dataclasses.replace(c, name=f"{label}{c.name}") for c in report.checks]
             notes += [n for n in report.notes if n not in notes]
             if report.unknown:
                 names = ", ".join(report.unknown[:8])

@@ -1,6 +1,6 @@
-"""Adapters for Transformer-VQ: names and layouts of the vectors to public modules, family by family."""
+"""Adapters for Transformer-VQ, by family: from names and layouts of vectors to public modules."""
 
-from .core import dense_equiv, quantizer, units
+from .core import dense_equiv, docmask, quantizer, units
 from .data import data_pipeline
 from .net import model, opt_model
 from .sublayer import attn, opt_attn
@@ -10,7 +10,7 @@ FAMILIES = {
     "units": units,
     "quantizer": quantizer,
     "dense_equiv": dense_equiv,
-    "docmask": dense_equiv,
+    "docmask": docmask,
     "attn": attn,
     "opt_attn": opt_attn,
     "model": model,

@@ -11,8 +11,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lintime.model.layers.codebook import update_codebook
-
 from ..compare import Report
 from ..manifest import Tolerance
 
@@ -68,15 +66,16 @@ def check_state(report: Report, prefix: str, state, **options) -> None:
         report.check(name, got, **options)
 
 
-def codebook_gradient(stats, delta, *, decay: float, times: float = 1.0):
+def codebook_gradient(stats, delta, absorb: Callable, *, times: float = 1.0):
     """Gradient of the reference's codebook surrogate: the codebook minus the updated one.
 
     Args:
-        stats, delta: trees of codebooks and of the statistics seen, of any number of codebooks.
+        stats, delta: codebooks and statistics seen, trees of the same structure.
+        absorb: (stats, delta) -> updated codebooks.
         times: factor the reference puts on the statistics.
     """
     scaled = jax.tree.map(lambda d: d * times, delta)
-    return jax.tree.map(jnp.subtract, stats, update_codebook(stats, scaled, decay=decay))
+    return jax.tree.map(jnp.subtract, stats, absorb(stats, scaled))
 
 
 def is_codebook(name: str) -> bool:

@@ -71,47 +71,57 @@ def _check_shift(report: Report, name: str) -> None:
 def quantizer(report: Report) -> None:
     """Codes, straight-through gradient, commitment loss, EMA update, metrics."""
     case, config = report.case, report.case.config
-    k = jnp.asarray(report.input("vecs"))
-    mask = jnp.asarray(report.input("loss_mask"))
-    stats = {name: jnp.asarray(case.params[name]) for name in ("c_sum", "c_count")}
-    codebook = codewords(**stats)
-    codes, k_hat, errors = quantize(k, codebook)
-    report.check("codebook", codebook)
-    report.check("shortcodes", codes)
-    report.check("errs2", errors)
-    for name in ("quantized", "eval_quantized"):
-        report.check(name, k_hat)
-
-    commit = lambda k: jnp.mean(jnp.sum(quantize(k, codebook)[2], axis=1) * mask)
-    report.check("l_commit", commit(k))
-    report.check("grad_lcommit_vecs", jax.grad(commit)(k))
-    if "cot_quantized" in report:
-        _, back = jax.vjp(lambda k: quantize(k, codebook)[1], k)
-        report.check("grad_quantized_vecs", back(jnp.asarray(report.input("cot_quantized")))[0])
-
+    k, mask = report.input("vecs"), report.input("loss_mask")
+    cotangent = report.input("cot_quantized", default=np.zeros_like(k))
+    stats = {name: case.params[name] for name in ("c_sum", "c_count")}
     # The reference multiplies by devices and blocks what it then averages over them.
     times = config.get("n_device", 1) * config.get("n_block_per_update", 1)
     for name in ("n_device", "n_block_per_update"):
         report.input(name, default=())
-    delta = codebook_statistics(k, codes, mask, stats["c_sum"].shape[1])
-    decay = config["c_gamma"]
-    target = update_codebook(stats, jax.tree.map(lambda d: d * times, delta), decay=decay)
-    gradient = codebook_gradient(stats, delta, decay=decay, times=times)
-    for name in stats:
-        report.check(f"{name}_tgt", target[name])
-        report.check(f"grad_lcodebook_{name}", gradient[name])
-    metrics = codebook_metrics(**stats) | quantisation_metrics(k, k_hat, errors, k.shape[2])
+    update = functools.partial(update_codebook, decay=config["c_gamma"])
+
+    @quick_jit
+    def run(k, stats):
+        codebook = codewords(**stats)
+        codes, k_hat, errors = quantize(k, codebook)
+        commit = lambda k: jnp.mean(jnp.sum(quantize(k, codebook)[2], axis=1) * mask)
+        _, back = jax.vjp(lambda k: quantize(k, codebook)[1], k)
+        delta = codebook_statistics(k, codes, mask, stats["c_sum"].shape[1])
+        target = update(stats, jax.tree.map(lambda d: d * times, delta))
+        gradient = codebook_gradient(stats, delta, update, times=times)
+        metrics = codebook_metrics(**stats) | quantisation_metrics(k, k_hat, errors, k.shape[2])
+        return metrics, {
+            "codebook": codebook,
+            "shortcodes": codes,
+            "errs2": errors,
+            "quantized": k_hat,
+            "eval_quantized": k_hat,
+            "l_commit": commit(k),
+            "grad_lcommit_vecs": jax.grad(commit)(k),
+            "grad_quantized_vecs": back(cotangent)[0],
+            **{f"{name}_tgt": value for name, value in target.items()},
+            **{f"grad_lcodebook_{name}": value for name, value in gradient.items()},
+        }
+
+    metrics, results = run(k, stats)
     check_metrics(report, "metric_", metrics)
+    for name, value in results.items():
+        report.check(name, value)
     # Not computed here: the surrogate's value, always 0, and losses while evaluating.
     for name in ("l_codebook", "eval_l_commit", "eval_l_codebook"):
         report.check(name, np.float32(0), tolerance=EXACT)
 
 
-def dense_equiv(report: Report) -> None:
-    """The attention core against dense attention; `docmask` masks between documents besides.
+def docmask(report: Report) -> None:
+    """The attention core with keys of other documents invisible."""
+    dense_equiv(report, mask_documents=True)
 
-    With gradients in the given block length, by the default order of the cache recurrence and by the dense
-    reference implementation; the outputs in other block lengths and by the other orders as well.
+
+def dense_equiv(report: Report, mask_documents: bool = False) -> None:
+    """The attention core against dense attention.
+
+    With gradients in the given block length, by the default order of the cache recurrence and by
+    the dense reference implementation; outputs in other block lengths and by the other orders too.
     """
     case, config = report.case, report.case.config
     get = lambda name: jnp.asarray(report.input(name))
@@ -120,7 +130,7 @@ def dense_equiv(report: Report) -> None:
     block_len = config["block_len"]
     if "k" in report:
         k = get("k")
-        codes, k_hat, _ = quantize(k, codebook)
+        codes, k_hat, _ = quick_jit(quantize)(k, codebook)
         report.check("shortcodes", codes)
         report.check("k_hat", k_hat)
     else:
@@ -131,9 +141,9 @@ def dense_equiv(report: Report) -> None:
         out, state = vq_attention(
             q, keys, codes, v, codebook,
             content_bias=get("u_scaled"), position_bias=get("v_scaled"), rel=get("r_table"),
-            segment_ids=segments, mask_segments=segments is not None,
-            use_cache=config.get("agg_cache", True),
-            grad_through_cache=config.get("grad_thru_cache", True), **options,
+            segment_ids=segments, mask_segments=mask_documents,
+            use_cache=bool(config.get("agg_cache", True)),
+            grad_through_cache=bool(config.get("grad_thru_cache", True)), **options,
         )  # fmt: skip
         batch, heads, length, width = out.shape
         return jnp.moveaxis(out, 1, 2).reshape(batch, length, heads * width), state

@@ -21,6 +21,7 @@ from lintime.model.convert.transformer_vq import (
     sublayer_from_main,
     sublayer_from_optimized,
 )
+from lintime.model.layers.codebook import update_codebook
 from lintime.model.nets.transformer_vq import TransformerVQConfig, make_mixer
 
 from ..compare import EXACT, Report
@@ -109,8 +110,8 @@ def _check_sublayer(report, config: TransformerVQConfig, variables, convert, blo
     if config.attention != "vq":
         return sown
     report.check("codebook", codewords(**stats))
-    # Per block the reference multiplies the statistics by the devices and blocks of an update, and the
-    # loss averages over blocks. The optimized branch sums over all blocks and multiplies nevertheless.
+    # Per block the reference multiplies the statistics by the devices and blocks of an update, and
+    # the loss averages over blocks. The optimized branch sums over all blocks and multiplies still.
     devices = case.config.get("n_device", 1)
     blocks = blocks or x.shape[1] // config.block_len
     if "head_type" in case.config:
@@ -118,9 +119,8 @@ def _check_sublayer(report, config: TransformerVQConfig, variables, convert, blo
     else:
         passed = case.config.get("n_block_per_update_passed_to_quantiser", blocks)
         times = over = devices * passed / blocks
-    grads = functools.partial(
-        codebook_gradient, stats, aux["stats_delta"], decay=config.codebook_decay
-    )
+    update = functools.partial(update_codebook, decay=config.codebook_decay)
+    grads = functools.partial(codebook_gradient, stats, aux["stats_delta"], update)
     for name, value in grads(times=times).items():
         report.check(f"grad_{name}_correct", value)
     how = "the reference's over-count" if over != times else ""
@@ -168,7 +168,6 @@ def _check_caches(report: Report, config: TransformerVQConfig, sown) -> None:
 
     The window before the first block is one empty block, whose codes S count nowhere.
     """
-    case = report.case
     means = [n for n, rest in report.matching("cache_mean") if re.fullmatch(r"(_\w+)?", rest)]
     if not means and "cache_count" not in report:
         return
@@ -177,7 +176,9 @@ def _check_caches(report: Report, config: TransformerVQConfig, sown) -> None:
     blocks = length // config.block_len
     codes = codes.reshape(batch, heads, blocks, config.block_len)
     values = values.reshape(*codes.shape, -1)
-    before = lambda a, fill: jnp.concatenate([jnp.full_like(a[:, :, :1], fill), a[:, :, :-1]], axis=2)
+    before = lambda a, fill: jnp.concatenate(
+        [jnp.full_like(a[:, :, :1], fill), a[:, :, :-1]], axis=2
+    )
     codes, values = before(codes, config.n_code), before(values, 0)
     counts, sums = block_summaries(codes, values, config.n_code)
     empty = jnp.zeros_like(counts[:, :, 0]), jnp.zeros_like(sums[:, :, 0])
