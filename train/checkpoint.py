@@ -40,7 +40,10 @@ class Checkpoints:
         options = {"read_only": True} if config is None else _keep(config)
         with _one_line(self.folder):
             self._manager = ocp.CheckpointManager(
-                self.folder, options=ocp.CheckpointManagerOptions(**options)
+                self.folder,
+                options=ocp.CheckpointManagerOptions(**options),
+                item_handlers={p: ocp.StandardCheckpointHandler() for p in PARTS}
+                | {"meta": ocp.JsonCheckpointHandler()},
             )
 
     def latest_step(self) -> int | None:

@@ -16,7 +16,14 @@ import jax.numpy as jnp
 from jax import Array
 
 from .. import dispatch
-from .quantize import MIN_COUNT, codebook_statistics, codewords, quantize
+from .quantize import (
+    MIN_COUNT,
+    codebook_statistics,
+    codewords,
+    nearest_code,
+    quantize,
+    straight_through,
+)
 from .reference import vq_attention_reference
 from .state import VQState, init_state
 from .xla import (
@@ -123,8 +130,10 @@ __all__ = [
     "codewords",
     "init_state",
     "log_count",
+    "nearest_code",
     "quantize",
     "skew",
+    "straight_through",
     "vq_attention",
     "window_mask",
 ]

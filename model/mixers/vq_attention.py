@@ -7,6 +7,7 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
 
 from ...kernels_pallas import vq_attention as vq
 from ..layers.codebook import codebook_metrics, quantisation_metrics
@@ -17,6 +18,7 @@ from ..partition import constrain
 from .attention import dense_attention, flash_attention, init_dense_state
 
 AttentionState = Any  # VQState or DenseState
+CODES_NAME = "vq_codes"  # for rematerialisation policies
 ATTENTION_KINDS = ("vq", "dense", "flash")
 
 
@@ -198,7 +200,8 @@ class VQAttention(nn.Module):
     def _mix_vq(self, q, k, v, bias, state, lengths, mask, segment_ids, rel):
         t_len = q.shape[2]
         codebook = vq.codewords(self.c_sum.value, self.c_count.value)
-        codes, k_hat, errors = vq.quantize(k, codebook)
+        codes = checkpoint_name(vq.nearest_code(k, codebook), CODES_NAME)
+        k_hat, errors = vq.straight_through(k, codes, codebook)
         self.sow("intermediates", "codes", codes)
         counted = mask
         if lengths is not None:

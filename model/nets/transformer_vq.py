@@ -13,7 +13,7 @@ from ..layers.codebook import update_codebook
 from ..layers.embeddings import sinusoids
 from ..layers.mlp import SquaredReLUMLP, fan_in
 from ..layers.norms import RMSNorm
-from ..mixers.vq_attention import VQAttention
+from ..mixers.vq_attention import CODES_NAME, VQAttention
 from ..partition import constrain
 
 
@@ -150,8 +150,9 @@ def attention_names(config: TransformerVQConfig) -> tuple[str, ...]:
     return ("attn1", "attn2") if config.head_type == "shga" else ("attn",)
 
 
+# "full" recomputes all but the codes: one integer per key saves the search for the nearest code.
 REMAT_POLICIES = {
-    "full": None,
+    "full": jax.checkpoint_policies.save_only_these_names(CODES_NAME),
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
 
