@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from tests.golden.__main__ import main
-from tests.golden.compare import error_ratio
-from tests.golden.manifest import ManifestError, Tolerance, load_manifest
+from tests.golden.compare import Report, error_ratio
+from tests.golden.manifest import Case, ManifestError, Tolerance, load_manifest
 from tests.golden.runner import run_case
 
 OWN = pathlib.Path(__file__).parent / "golden" / "own"
@@ -234,6 +234,19 @@ def test_float32_tolerance_of_a_note():
     t = Tolerance.read({"tolerance": {"rtol": 1e-9, "note": "use rtol 1e-5 for float32 code"}}, {})
     assert t.for_float32().rtol == 1e-5
     assert Tolerance.read({"tolerance": {"rtol": 1e-9}}, {}).for_float32() is None
+
+
+def test_a_jump_is_allowed_for_few_entries_only():
+    tolerance = Tolerance(1e-6, 0.0, 1e-6, 0.0)
+    expected = np.zeros(1000)
+    case = Case("optimizer", {}, {"a": expected}, {}, tolerance, {})
+    for wrong, size, passes in ((2, 0.1, True), (3, 0.1, False), (1, 0.2, False)):
+        got = expected.copy()
+        got[:wrong] = size
+        report = Report(case)
+        report.check("a", got, jump=0.1)
+        assert (not report.checks[0].failed) is passes
+        assert bool(report.notes) is passes
 
 
 def test_error_ratio():

@@ -187,7 +187,7 @@ def _check_logprobs(report: Report, logprobs, how: str) -> None:
 def _check_block_lengths(report: Report, task: LanguageModelTask, variables, tokens) -> None:
     """The function computed depends neither on the block length nor on document ids."""
     for block_len in report.case.config.get("alt_block_len_checked", ()):
-        config = dataclasses.replace(task.config, block_len=block_len)
+        config = dataclasses.replace(task.config, block_len=block_len, reduction="serial")
         net = TransformerVQ(config, task.net.dtype)
         _, logprobs, _ = quick_jit(functools.partial(_forward, net, variables))(tokens)
         _check_logprobs(report, logprobs, f"block_len {block_len}")
