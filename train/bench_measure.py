@@ -115,14 +115,13 @@ def attend(config: TransformerVQConfig, reference: bool = False) -> Callable:
 
     Args:
         reference: the definition instead, in float32; for the dense kinds the uncompressed window
-            then spans the whole sequence and nothing is cached.
+            then spans the whole sequence, so nothing is ever compressed.
     """
     names = ("content_bias", "position_bias", "rel")
     biases = lambda a, fixed: {name: (a | fixed)[name] for name in names}
 
     def by_vq(a, fixed):
-        length = a["q"].shape[2]
-        settings = dict(block_len=length, use_cache=False)
+        settings = {"block_len": a["q"].shape[2]}
         if config.attention == "vq":
             settings = dict(
                 block_len=config.block_len, use_cache=config.cache, reduction=config.reduction,
@@ -130,7 +129,7 @@ def attend(config: TransformerVQConfig, reference: bool = False) -> Callable:
             )  # fmt: skip
         return vq.vq_attention(
             a["q"], a["k"], fixed["codes"], a["v"], fixed["codebook"], **biases(a, fixed),
-            implementation="reference" if reference else None, **settings,
+            state=fixed.get("state"), implementation="reference" if reference else None, **settings,
         )[0]  # fmt: skip
 
     def by_dense(a, fixed):
@@ -159,6 +158,11 @@ def _op_value(config, length, dtype, reference, precision):
     """Output and gradients of the op, or of its reference, on the same inputs."""
     learned, fixed = attention_inputs(config, 1, length, dtype)
     fn = attend(config, reference)
+    if reference:  # as an argument, or XLA spends seconds on evaluating what follows from zeros
+        kv_heads, n_code, d_k = fixed["codebook"].shape
+        mem = learned.get("rel", fixed.get("rel")).shape[1] - 1
+        v = learned["v"]
+        fixed["state"] = vq.init_state(1, kv_heads, mem, n_code, d_k, v.shape[-1], v.dtype)
 
     def run(learned, fixed):
         out, pull = jax.vjp(lambda a: fn(a, fixed), learned)
