@@ -22,7 +22,6 @@ from ..model.convert.names import check_shapes, flatten
 from ..model.nets.transformer_vq import TransformerVQConfig, head_geometry
 from .checkpoint import FOLDER, restore_inference, save_inference
 from .config_files import from_json, load_config, read_config, save_config, validate
-from .data import open_data
 from .errors import UserError
 from .files import write_atomic
 from .override import apply_overrides
@@ -353,6 +352,8 @@ def _calibration_batches(run: Run, cache: Path):
     used = min(length, LONGEST)
     rows = max(1, min(run.batch_size, LONGEST // length))
     config = dataclasses.replace(run.data, update_len=0)
+    from .data import open_data  # Grain is needed here only
+
     data = open_data(config, split="train", seed=run.seed, batch_size=rows, cache=cache)
     number = -(-TOKENS_PER_CODE * run.net.n_code // (rows * used))
     names = ("inputs", "targets", "mask", "segment_ids")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from .schema import Optim
@@ -68,6 +69,42 @@ def per_layer(tx: optax.GradientTransformation) -> optax.GradientTransformation:
     return optax.GradientTransformation(init, update)
 
 
+KVG = ("k_proj", "v_proj", "g_proj")
+
+
+def fused_kvg(tx: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Apply `tx` to the k, v and g kernels of a gated sublayer as one matrix, as the reference holds them.
+
+    Needed where a transformation takes statistics of whole matrices (Adafactor), so that the published
+    recipes are reproduced exactly.
+    """
+
+    def fuse(tree):
+        if not isinstance(tree, dict):
+            return tree
+        if not all(name in tree for name in KVG):
+            return {name: fuse(sub) for name, sub in tree.items()}
+        kernels = [tree[name]["kernel"] for name in KVG]
+        rest = {name: sub for name, sub in tree.items() if name not in KVG}
+        return rest | {"kvg_proj": {"kernel": jnp.concatenate(kernels, axis=-1)}}
+
+    def split(tree, like):
+        if not isinstance(like, dict):
+            return tree
+        if not all(name in like for name in KVG):
+            return {name: split(tree[name], sub) for name, sub in like.items()}
+        ends = np.cumsum([like[name]["kernel"].shape[-1] for name in KVG])[:-1]
+        parts = jnp.split(tree["kvg_proj"]["kernel"], ends, axis=-1)
+        rest = {name: sub for name, sub in tree.items() if name != "kvg_proj"}
+        return rest | {name: {"kernel": part} for name, part in zip(KVG, parts)}
+
+    def update(updates, state, params=None):
+        out, state = tx.update(fuse(updates), state, None if params is None else fuse(params))
+        return split(out, updates), state
+
+    return optax.GradientTransformation(lambda params: tx.init(fuse(params)), update)
+
+
 def make_optimizer(optim: Optim, steps: int) -> optax.GradientTransformation:
     """Clip by global norm, the named optimiser at its peak rate, the schedule, weight decay; in this order.
 
@@ -86,10 +123,12 @@ def make_optimizer(optim: Optim, steps: int) -> optax.GradientTransformation:
     elif optim.name == "adafactor":
         chain += [
             per_layer(
-                optax.chain(
-                    optax.scale_by_factored_rms(),
-                    optax.clip_by_block_rms(1.0),
-                    optax.scale_by_param_block_rms(),
+                fused_kvg(
+                    optax.chain(
+                        optax.scale_by_factored_rms(),
+                        optax.clip_by_block_rms(1.0),
+                        optax.scale_by_param_block_rms(),
+                    )
                 )
             )
         ]
