@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import errno
+import os
 import sys
-import textwrap
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from .errors import UserError
 
 EXAMPLES = """\
 examples:
-  lintime train transformer_vq/quickstart                  train, evaluate and sample (minutes on a CPU)
+  lintime train transformer_vq/quickstart              train, evaluate, sample (minutes on a CPU)
   lintime train transformer_vq/quickstart data.path=my.txt --run runs/mine
   lintime train transformer_vq/enwik8 data.path=enwik8 mesh.fsdp=8 precision.compute=bfloat16
   lintime sample --run runs/mine sample.prompt="Once upon" sample.temperature=0.7
@@ -23,8 +25,7 @@ examples:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status (0 done, 2 something the user can mend, 1 a bug)."""
-    parser = _parser()
-    arguments = parser.parse_args(argv)
+    arguments = _parse(argv)
     from .launch import quiet
 
     quiet()
@@ -35,19 +36,48 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         if arguments.debug:
             raise
-        print(f"lintime: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        return _complain(error)
     except KeyboardInterrupt:
         print("lintime: interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:
+    except BrokenPipeError:  # `lintime ... | head`: nobody reads on, nor need the interpreter flush
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:
+        if arguments.debug or error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        from .files import write_error
+
+        return _complain(write_error(error, error.filename or "the output"))
 
 
-def _parser() -> argparse.ArgumentParser:
+def _complain(error: UserError) -> int:
+    print(f"lintime: {' '.join(str(error).split())}", file=sys.stderr)
+    return 2
+
+
+class _Parser(argparse.ArgumentParser):
+    """Errors take one line, like all others."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"lintime: {message}; see `{self.prog} --help`\n")
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Arguments of a command; field=value words may stand before, between and after its options."""
+    arguments, rest = _parser().parse_known_args(argv)
+    unknown = [a for a in rest if a.startswith("-") or not hasattr(arguments, "overrides")]
+    if unknown:
+        arguments.parser.error(f"unknown argument {unknown[0]}")
+    if rest:
+        arguments.overrides = [*arguments.overrides, *rest]
+    return arguments
+
+
+def _parser() -> _Parser:
     from .. import __version__
 
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="lintime",
         description="Linear-time and compute-flexible generative models: train, evaluate, sample.",
         epilog=EXAMPLES,
@@ -62,14 +92,16 @@ def _parser() -> argparse.ArgumentParser:
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )  # fmt: skip
         sub.add_argument("--debug", action="store_true", help="show the traceback of an error")
-        sub.set_defaults(command=function)
+        sub.set_defaults(command=function, parser=sub)
         return sub
 
     sub = add(
         "train", _train,
-        "Train a config, then evaluate and sample it; the same command continues an interrupted run.",
+        "Train a config, then evaluate and sample it. The same command continues a run.",
         "A config is a name (lintime train --list) or your own .py file that defines `config`.\n"
-        "Any field can be set: optim.learning_rate=3e-4 mesh.fsdp=8 (lintime train NAME --help-fields).",
+        "Any field can be set: optim.learning_rate=3e-4 mesh.fsdp=8. All, with values:\n"
+        "  lintime train transformer_vq/quickstart --help-fields\n"
+        "Example: lintime train transformer_vq/quickstart data.path=my.txt --run runs/mine",
     )  # fmt: skip
     sub.add_argument("config", nargs="?", help="e.g. transformer_vq/quickstart, or my_config.py")
     sub.add_argument("overrides", nargs="*", metavar="field=value", help="e.g. steps=2000")
@@ -77,32 +109,45 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--fresh", action="store_true", help="start a new numbered run")
     sub.add_argument("--list", action="store_true", help="list the configs and leave")
     sub.add_argument("--help-fields", action="store_true", help="list all fields and leave")
-    sub.add_argument("--profile", metavar="A:B", help="write a trace of updates A..B to DIR/profile")
+    sub.add_argument("--profile", metavar="A:B", help="trace updates A..B to DIR/profile")
     sub.add_argument("--distributed", action="store_true", help="several processes, found by JAX")
     sub.add_argument("--coordinator", default="", metavar="HOST:PORT", help="process 0, by address")
-    sub.add_argument("--processes", type=int, default=0, metavar="N")
-    sub.add_argument("--process-index", type=int, default=-1, metavar="I")
+    sub.add_argument("--processes", type=int, default=0, metavar="N", help="with --coordinator")
+    sub.add_argument("--process-index", type=int, default=-1, metavar="I", help="0 .. N-1")
 
-    sub = add("eval", _eval, "Evaluate a run on a split of its data (or other data: data.path=...).")
+    sub = add(
+        "eval", _eval,
+        "Evaluate a run on a split of its data (or other data: data.path=...).",
+        "Settings are the fields of `data`, `eval`, `mesh` and `precision`, and batch_size.\n"
+        "Example, the whole split: lintime eval --run runs/mine --split test eval.batches=0",
+    )  # fmt: skip
     _run_arguments(sub)
     sub.add_argument("--split", default="validation", choices=["validation", "test"])
     sub.add_argument("--step", type=int, help="checkpoint step (default: the newest)")
 
-    sub = add("sample", _sample, "Continue a prompt with a trained run, streaming to the terminal.",
-              "Settings are the fields of `sample`: prompt, length, rows, temperature, top_k, top_p, stop.\n"
-              'Example: lintime sample --run runs/mine sample.prompt="To be" sample.length=500')  # fmt: skip
+    sub = add(
+        "sample", _sample,
+        "Continue a prompt with a trained run, streaming to the terminal.",
+        "Settings are the fields of `sample`: prompt, length, rows, temperature, top_k, top_p,\n"
+        "stop; and data.vocab=FILE where a vocabulary has moved.\n"
+        'Example: lintime sample --run runs/mine --prompt "To be" sample.length=500',
+    )  # fmt: skip
     _run_arguments(sub)
-    sub.add_argument("--seed", type=int, default=0)
+    sub.add_argument("--seed", type=int, default=0, help="the same seed gives the same text")
     sub.add_argument("--prompt", help="short for sample.prompt=...; - reads standard input")
     sub.add_argument("--step", type=int, help="checkpoint step (default: the newest)")
 
-    sub = add("bench", _bench, "Training tokens/s and peak memory of dense and VQ attention over lengths.",
-              "Every variant is checked against the reference path first. Writes a table and a PNG.")  # fmt: skip
+    sub = add(
+        "bench", _bench,
+        "Training tokens/s and peak memory of dense and VQ attention over lengths.",
+        "Every variant is checked against the reference path first. Writes a table and a PNG.\n"
+        "Example: lintime bench --lengths 2048 8192 --variants dense-flash vq-serial",
+    )  # fmt: skip
     from .bench import add_arguments as bench_arguments
 
     bench_arguments(sub)
 
-    sub = add("convert", _convert, "Convert checkpoints between layouts, or dense attention into VQ.")
+    sub = add("convert", _convert, "Convert checkpoints between layouts, or dense attention to VQ.")
     from .convert import add_arguments as convert_arguments
 
     convert_arguments(sub)
@@ -124,6 +169,8 @@ def _train(arguments: argparse.Namespace) -> None:
         return
     if arguments.config is None:
         raise UserError("name a config; `lintime train --list` shows them")
+    if "=" in arguments.config:
+        raise UserError(f"name a config before {arguments.config} (lintime train --list)")
     run, name = load_config(arguments.config)
     run = apply_overrides(run, arguments.overrides)
     if arguments.help_fields:
@@ -142,10 +189,11 @@ def _train(arguments: argparse.Namespace) -> None:
     if arguments.fresh:
         run_dir = _next_free(run_dir)
     result = train(run, run_dir, profile=profile)
-    command = f"lintime train {arguments.config}"
-    if arguments.overrides:
-        command += " " + " ".join(arguments.overrides)
-    finish(run, result, command if not arguments.run else f"{command} --run {run_dir}")
+    words = ["lintime", "train", arguments.config, *arguments.overrides]
+    words += ["--distributed"] if arguments.distributed else []
+    # --run last: the printed commands are made by inserting before it
+    words += ["--run", str(run_dir)] if arguments.run or arguments.fresh else []
+    finish(run, result, words)
 
 
 def _eval(arguments: argparse.Namespace) -> None:
@@ -155,18 +203,11 @@ def _eval(arguments: argparse.Namespace) -> None:
 
 
 def _sample(arguments: argparse.Namespace) -> None:
-    from .load import load
-    from .override import apply_overrides
-    from .sample import sample_text
+    from .finish import sample_run
 
-    loaded = load(arguments.run, step=arguments.step)
-    overrides = list(arguments.overrides)
-    run = apply_overrides(loaded.config, overrides)
-    prompt = arguments.prompt
-    if prompt is not None:
-        prompt = sys.stdin.read() if prompt == "-" else prompt
-        run = apply_overrides(run, [f"sample.prompt={prompt}"])
-    sample_text(loaded, run.sample, seed=arguments.seed)
+    prompt = sys.stdin.read() if arguments.prompt == "-" else arguments.prompt
+    overrides = arguments.overrides + ([] if prompt is None else [f"sample.prompt={prompt}"])
+    sample_run(arguments.run, overrides, arguments.seed, arguments.step)
 
 
 def _bench(arguments: argparse.Namespace) -> None:
@@ -188,7 +229,7 @@ def _profile(text: str | None) -> tuple[int, int] | None:
         first, last = (int(t) for t in text.split(":"))
         assert 0 <= first < last
     except (ValueError, AssertionError):
-        raise UserError(f"--profile {text}: give two update numbers, e.g. --profile 10:15") from None
+        raise UserError(f"--profile {text}: give two updates, e.g. --profile 10:15") from None
     return first, last
 
 
@@ -199,10 +240,6 @@ def _next_free(run_dir: Path) -> Path:
         candidate = run_dir.with_name(f"{run_dir.name}-{number}")
         number += 1
     return candidate
-
-
-def _wrap(text: str) -> str:
-    return textwrap.fill(text, 100)
 
 
 if __name__ == "__main__":
