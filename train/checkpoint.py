@@ -37,13 +37,16 @@ class Checkpoints:
         self.folder = (Path(run_dir) / FOLDER).absolute()
         if config is None and not self.folder.is_dir():
             raise UserError(f"{run_dir} holds no checkpoints; train there first or name another --run")
-        options = {"read_only": True} if config is None else _keep(config)
+        options = _read_only() if config is None else _keep(config)
+        hosts = options.setdefault("multiprocessing_options", ocp.options.MultiprocessingOptions())
         with _one_line(self.folder):
             self._manager = ocp.CheckpointManager(
                 self.folder,
                 options=ocp.CheckpointManagerOptions(**options),
-                item_handlers={p: ocp.StandardCheckpointHandler() for p in PARTS}
-                | {"meta": ocp.JsonCheckpointHandler()},
+                item_handlers={
+                    p: ocp.StandardCheckpointHandler(multiprocessing_options=hosts) for p in PARTS
+                }
+                | {"meta": ocp.JsonCheckpointHandler(multiprocessing_options=hosts)},
             )
 
     def latest_step(self) -> int | None:
@@ -183,6 +186,15 @@ def restore_inference(
     restored = checkpoints.restore_parts(wanted, step)
     checkpoints.close()
     return {"params": restored[part], "stats": restored.get("stats", {})}
+
+
+def _read_only() -> dict[str, Any]:
+    """For this process alone: it must not wait for others, which need not be reading."""
+    index = jax.process_index()
+    hosts = ocp.options.MultiprocessingOptions(
+        primary_host=index, active_processes={index}, barrier_sync_key_prefix=f"read{index}"
+    )
+    return {"read_only": True, "multiprocessing_options": hosts}
 
 
 def _keep(config: Checkpoint) -> dict[str, Any]:
