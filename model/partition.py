@@ -1,9 +1,9 @@
 """Where tensors live on the mesh: an axis vocabulary for activations and path rules for parameters.
 
-Mesh axes are `data`, `fsdp`, `tensor` and `sequence`. Activations name what their axes are; `constrain`
-turns that into a sharding and refuses unknown names, because a constraint that silently does nothing costs a
-pod its memory. Parameters follow path rules: the tensor axis where a rule names it, then the largest
-divisible free axis over `fsdp`.
+Mesh axes are `data`, `fsdp`, `tensor` and `sequence`. Activations name what their axes are;
+`constrain` turns that into a sharding and refuses unknown names, because a constraint that silently
+does nothing costs a pod its memory. Parameters follow path rules: the tensor axis where a rule
+names it, then the largest divisible free axis over `fsdp`.
 """
 
 from __future__ import annotations
@@ -44,7 +44,9 @@ def constrain(x: Array, *axes: str | None) -> Array:
     """
     unknown = [a for a in axes if a is not None and a not in ACTIVATION_AXES]
     if unknown:
-        raise ValueError(f"unknown activation axis {unknown[0]!r}; known: {sorted(ACTIVATION_AXES)}")
+        raise ValueError(
+            f"unknown activation axis {unknown[0]!r}; known: {sorted(ACTIVATION_AXES)}"
+        )
     if len(axes) != x.ndim:
         raise ValueError(f"{len(axes)} axis names for an array of shape {x.shape}")
     mesh = jax.sharding.get_abstract_mesh()
@@ -65,7 +67,8 @@ def parameter_spec(
     mesh_sizes: dict[str, int],
     rules: Sequence[tuple[str, int]] = TENSOR_RULES,
 ) -> PartitionSpec:
-    """Sharding of one parameter: the tensor axis by rule, the largest divisible free axis over fsdp.
+    """Sharding of one parameter: the tensor axis by rule, the largest divisible free axis over
+    fsdp.
 
     Args:
         path: names joined by "/", e.g. "layers/attn1/q_proj/kernel".
@@ -107,7 +110,9 @@ def parameter_shardings(tree, mesh, rules: Sequence[tuple[str, int]] = TENSOR_RU
 
 
 def unsharded(tree, mesh, minimum: int = FSDP_MIN_ELEMENTS) -> list[str]:
-    """Paths of the parameters of at least `minimum` elements that fsdp could not cut; worth a log line."""
+    """Paths of the parameters of at least `minimum` elements that fsdp could not cut; worth a log
+    line.
+    """
     if mesh.shape.get("fsdp", 1) == 1:
         return []
     found = []

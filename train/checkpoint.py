@@ -36,7 +36,9 @@ class Checkpoints:
     def __init__(self, run_dir: str | Path, config: Checkpoint | None = None):
         self.folder = (Path(run_dir) / FOLDER).absolute()
         if config is None and not self.folder.is_dir():
-            raise UserError(f"{run_dir} holds no checkpoints; train there first or name another --run")
+            raise UserError(
+                f"{run_dir} holds no checkpoints; train there first or name another --run"
+            )
         options = _read_only() if config is None else _keep(config)
         hosts = options.setdefault("multiprocessing_options", ocp.options.MultiprocessingOptions())
         with _one_line(self.folder):
@@ -138,13 +140,17 @@ class Checkpoints:
         return {p: restored[p] for p in parts}
 
     def _check_model(self, folder: Path, parts: dict[str, Any]) -> None:
-        """Compare names, shapes and dtypes with what is on disk before reading (orbax casts silently)."""
+        """Compare names, shapes and dtypes with what is on disk before reading (orbax casts
+        silently).
+        """
         for part, tree in parts.items():
             try:
                 metadata = self._manager.item_metadata(int(folder.name))[part]
                 saved = {
                     path_string(p): (tuple(m.shape), np.dtype(m.dtype))
-                    for p, m in jax.tree_util.tree_leaves_with_path(getattr(metadata, "tree", metadata))
+                    for p, m in jax.tree_util.tree_leaves_with_path(
+                        getattr(metadata, "tree", metadata)
+                    )
                 }
             except Exception as error:
                 raise _damaged(folder) from error
@@ -156,12 +162,17 @@ class Checkpoints:
                 if wanted.get(name) != saved.get(name):
                     here, there = (_shape_text(d.get(name)) for d in (wanted, saved))
                     raise UserError(
-                        f"{folder} is from another model: {part}/{name} is {there} there, {here} here"
+                        f"{folder} is from another model: {part}/{name} is {there} there, "
+                        f"{here} here"
                     )
 
 
-def save_inference(run_dir: str | Path, variables: dict[str, Any], step: int = 0, meta=None) -> None:
-    """Write {"params", "stats"} as a checkpoint of `run_dir` that `eval`, `sample`, `init_from` accept."""
+def save_inference(
+    run_dir: str | Path, variables: dict[str, Any], step: int = 0, meta=None
+) -> None:
+    """Write {"params", "stats"} as a checkpoint of `run_dir` that `eval`, `sample`, `init_from`
+    accept.
+    """
     state = TrainState(np.int32(step), variables["params"], {}, {}, variables.get("stats", {}), {})
     checkpoints = Checkpoints(run_dir, Checkpoint())
     checkpoints.save(state, meta or {})
@@ -171,10 +182,12 @@ def save_inference(run_dir: str | Path, variables: dict[str, Any], step: int = 0
 def restore_inference(
     run_dir: str | Path, abstract: dict[str, Any], *, ema: bool = True, step: int | None = None
 ) -> dict[str, Any]:
-    """{"params", "stats"} of the newest checkpoint (or `step`); averaged weights where the run keeps them.
+    """{"params", "stats"} of the newest checkpoint (or `step`); averaged weights where the run
+    keeps them.
 
     Args:
-        abstract: {"params", "stats"} of ShapeDtypeStructs, with shardings if the arrays shall have some.
+        abstract: {"params", "stats"} of ShapeDtypeStructs, with shardings if the arrays shall have
+            some.
         ema: prefer the moving average.
     """
     checkpoints = Checkpoints(run_dir)
@@ -217,7 +230,8 @@ def _shape_text(entry) -> str:
 
 def _damaged(folder: Path) -> UserError:
     return UserError(
-        f"checkpoint {folder} is truncated or damaged; remove that folder to continue from the one before"
+        f"checkpoint {folder} is truncated or damaged; remove that folder to continue from "
+        "the one before"
     )
 
 

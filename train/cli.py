@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -29,6 +30,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     from .launch import quiet
 
     quiet()
+    if not arguments.debug:
+        _one_voice()
     try:
         arguments.command(arguments)
         sys.stdout.flush()
@@ -54,6 +57,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _complain(error: UserError) -> int:
     print(f"lintime: {' '.join(str(error).split())}", file=sys.stderr)
     return 2
+
+
+def _one_voice() -> None:
+    """A failed save is told once, by its UserError, not by every writer of the libraries."""
+    for name in ("absl", "asyncio", "orbax"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
 class _Parser(argparse.ArgumentParser):

@@ -26,6 +26,7 @@ CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
 # Fields that may change when a run is continued; every other change needs a new run.
 CHANGEABLE = ("steps", "mesh", "log", "eval", "checkpoint", "sample")
+CHANGEABLE += ("data.workers", "data.cache")  # batches do not depend on them
 
 _KINDS = {"net": NETS, "process": PROCESSES}
 
@@ -161,13 +162,17 @@ def check_continuation(saved: Run, requested: Run) -> None:
     changed = [
         f"{path} ({old!r} -> {new!r})"
         for path, old, new in diff(saved, requested)
-        if re.sub(r"^(stages\[\d+\]\.)*", "", path).partition(".")[0] not in CHANGEABLE
+        if not _may_change(re.sub(r"^(stages\[\d+\]\.)*", "", path))
     ]
     if changed:
         raise UserError(
             f"this run was started with other settings: {', '.join(changed)}; keep the saved "
             "values to continue it, or pass --fresh to start a new run"
         )
+
+
+def _may_change(path: str) -> bool:
+    return path in CHANGEABLE or path.partition(".")[0] in CHANGEABLE
 
 
 def _to_json(value: Any) -> Any:

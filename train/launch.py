@@ -23,7 +23,9 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", module="orbax")
 
 
-def join(coordinator: str = "", processes: int = 0, index: int = -1, distributed: bool = False) -> None:
+def join(
+    coordinator: str = "", processes: int = 0, index: int = -1, distributed: bool = False
+) -> None:
     """Join a multi-process run before the first use of a device.
 
     Args:
@@ -37,13 +39,11 @@ def join(coordinator: str = "", processes: int = 0, index: int = -1, distributed
         return
     if coordinator and (processes < 1 or not 0 <= index < processes):
         raise UserError(
-            "--coordinator needs --processes N and --process-index I with 0 <= I < N on every process"
+            "--coordinator needs --processes N and --process-index I, 0 <= I < N, on every process"
         )
     arguments = {}
     if coordinator:
-        arguments = dict(
-            coordinator_address=coordinator, num_processes=processes, process_id=index
-        )
+        arguments = dict(coordinator_address=coordinator, num_processes=processes, process_id=index)
     try:
         jax.distributed.initialize(**arguments)
     except (RuntimeError, ValueError) as error:

@@ -1,13 +1,12 @@
 """Training, as one story: data, mesh, state, resume, then update after update until the end.
 
-    python: `train(run, "runs/my-run")`        shell: `lintime train CONFIG [field=value ...]`
+python: `train(run, "runs/my-run")`        shell: `lintime train CONFIG [field=value ...]`
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import time
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +52,8 @@ def train(
     profile: tuple[int, int] | None = None,
     devices=None,
 ) -> Result:
-    """Train `run` in `run_dir`, continuing what is there; ends with a validation of the final weights.
+    """Train `run` in `run_dir`, continuing what is there; ends with a validation of the final
+    weights.
 
     Args:
         run: validated config.
@@ -75,8 +75,9 @@ def train(
     )
     if train_data.vocab.size != run.net.vocab_size:
         raise UserError(
-            f"the vocabulary of data.vocab={run.data.vocab} has {train_data.vocab.size} ids, the net "
-            f"net.vocab_size={run.net.vocab_size}; set net.vocab_size={train_data.vocab.size}"
+            f"the vocabulary of data.vocab={run.data.vocab} has {train_data.vocab.size} ids, the "
+            f"net has net.vocab_size={run.net.vocab_size}; "
+            f"set net.vocab_size={train_data.vocab.size}"
         )
     meta = {"fingerprint": {"train": train_data.fingerprint, "validation": val_data.fingerprint}}
 
@@ -121,7 +122,7 @@ def train(
     n_params = sum(a.size for a in jax.tree.leaves(abstract.params))
     tracker.message(
         f"{run_dir}: {n_params / 1e6:.2f}M parameters, {len(mesh.devices.flat)} "
-        f"{mesh.devices.flat[0].platform} device(s), {train_data.num_bytes / 1e6:.2f} MB training text"
+        f"{mesh.devices.flat[0].platform} device(s), {train_data.num_bytes / 1e6:.2f} MB of data"
         + (f", continuing at step {start}" if start else "")
     )
 
@@ -153,7 +154,7 @@ def train(
 
     try:
         with stop_on_signals() as stop:
-            pending = None  # metrics are read one update late, so the device never waits for the host
+            pending = None  # metrics are read one update late: the device never waits for the host
             for batch in train_data.iterate(start, rows, run.steps):
                 if _agreed(stop, step):
                     stopped = stop.signal or "SIGTERM"
@@ -166,7 +167,9 @@ def train(
                 if profile and step == profile[1]:
                     jax.block_until_ready(metrics)
                     jax.profiler.stop_trace()
-                    tracker.message(f"trace of updates {profile[0]}..{profile[1]}: {run_dir}/profile")
+                    tracker.message(
+                        f"trace of updates {profile[0]}..{profile[1]}: {run_dir}/profile"
+                    )
                 if pending:
                     finish_update(*pending)
                 pending = (step, metrics)
@@ -198,7 +201,9 @@ def _due(step: int, every: int) -> bool:
 
 
 def _agreed(stop: StopRequest, step: int) -> bool:
-    """Whether to leave: at once in one process; several must leave at the same step, so they ask around."""
+    """Whether to leave: at once in one process; several must leave at the same step, so they ask
+    around.
+    """
     if jax.process_count() == 1:
         return bool(stop)
     if step % 10:
@@ -216,8 +221,8 @@ def _keep_failure(run_dir: Path, step: int, state, data: LMDataset, rows, meta: 
     if jax.process_index() == 0:
         np.savez(folder / "batch.npz", **data.batch(step, rows))
     return (
-        f"update {step} gave a loss or gradient that is not finite; the state before it and its batch "
-        f"are in {folder}; lower optim.learning_rate or set optim.clip, and start with --fresh"
+        f"update {step} gave a loss or gradient that is not finite; the state before it and its "
+        f"batch are in {folder}; lower optim.learning_rate or set optim.clip, start with --fresh"
     )
 
 

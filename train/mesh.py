@@ -74,7 +74,9 @@ def local_rows(mesh: jax.sharding.Mesh, batch_size: int) -> np.ndarray:
 
 
 def put_batch(batch: dict, step: int, mesh: jax.sharding.Mesh, batch_size: int) -> dict:
-    """Global device arrays from this process's rows (in the order of `local_rows`), and the step."""
+    """Global device arrays from this process's rows (in the order of `local_rows`), and the
+    step.
+    """
     position = {int(r): i for i, r in enumerate(local_rows(mesh, batch_size))}
     sharding = NamedSharding(mesh, ROWS)
 

@@ -11,14 +11,15 @@ from .schema import Run
 
 
 class Clock:
-    """Tokens per second, seconds per update and model FLOPs utilisation, averaged since the last `restart`.
+    """Tokens per second, seconds per update and model FLOPs utilisation, averaged since the last
+    `restart`.
 
     Validation and saving are left out (`pause`), and so is the first update, which compiles.
 
     Attributes:
         tokens_per_step: tokens of one update over all processes.
-        flops: model FLOPs of one update (3 x forward, no recomputation); None where the device's peak is
-            unknown, and then no utilisation is reported.
+        flops: model FLOPs of one update (3 x forward, no recomputation); None where the device's
+            peak is unknown, and then no utilisation is reported.
     """
 
     def __init__(self, task, run: Run, mesh):
@@ -56,10 +57,12 @@ class Clock:
 
 
 def forward_flops(task, run: Run) -> int:
-    """FLOPs (2 per multiply-add) of the loss of one update over the whole batch, counted from the jaxpr."""
+    """FLOPs (2 per multiply-add) of the loss of one update over the whole batch, counted from the
+    jaxpr.
+    """
     shape = (run.batch_size, run.data.update_len or run.data.sequence_len)
     tokens = jax.ShapeDtypeStruct(shape, "int32")
-    batch = {k: tokens for k in ("inputs", "targets", "mask", "segment_ids")}
+    batch = dict.fromkeys(("inputs", "targets", "mask", "segment_ids"), tokens)
     batch |= {
         "start": jax.ShapeDtypeStruct(shape[:1], "bool"),
         "step": jax.ShapeDtypeStruct((), "int32"),

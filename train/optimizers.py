@@ -15,8 +15,9 @@ FINAL = 0.1  # share of the peak learning rate at the end of a decay
 def make_schedule(optim: Optim, steps: int) -> optax.Schedule:
     """Multiplier of the peak learning rate at update `count` (0-based).
 
-    Linear 0 -> 1 over `warmup` updates (the first update has rate 0), then "cosine" or "linear" down to 0.1
-    over the rest of `decay_steps` (or `steps`), constant afterwards; "constant" stays at 1.
+    Linear 0 -> 1 over `warmup` updates (the first update has rate 0), then "cosine" or "linear"
+    down to 0.1 over the rest of `decay_steps` (or `steps`), constant afterwards; "constant" stays
+    at 1.
     """
     total = optim.decay_steps or steps
     span = max(total - optim.warmup, 1)
@@ -36,7 +37,9 @@ def make_schedule(optim: Optim, steps: int) -> optax.Schedule:
 
 
 def decays(path, leaf) -> bool:
-    """Weight decay covers every parameter with ndim != 1, counted without the stacked layer axis."""
+    """Weight decay covers every parameter with ndim != 1, counted without the stacked layer
+    axis.
+    """
     stacked = bool(path) and getattr(path[0], "key", None) == "layers"
     return leaf.ndim - stacked != 1
 
@@ -44,8 +47,8 @@ def decays(path, leaf) -> bool:
 def per_layer(tx: optax.GradientTransformation) -> optax.GradientTransformation:
     """Apply `tx` to each layer of the stacked parameters under "layers" as if it stood alone.
 
-    Needed where a transformation takes statistics of whole arrays (Adafactor's parameter scale and update
-    clipping): those are of one layer's matrix, not of the stack of all layers.
+    Needed where a transformation takes statistics of whole arrays (Adafactor's parameter scale and
+    update clipping): those are of one layer's matrix, not of the stack of all layers.
     """
 
     def parts(tree):
@@ -73,10 +76,11 @@ KVG = ("k_proj", "v_proj", "g_proj")
 
 
 def fused_kvg(tx: optax.GradientTransformation) -> optax.GradientTransformation:
-    """Apply `tx` to the k, v and g kernels of a gated sublayer as one matrix, as the reference holds them.
+    """Apply `tx` to the k, v and g kernels of a gated sublayer as one matrix, as the reference
+    holds them.
 
-    Needed where a transformation takes statistics of whole matrices (Adafactor), so that the published
-    recipes are reproduced exactly.
+    Needed where a transformation takes statistics of whole matrices (Adafactor), so that the
+    published recipes are reproduced exactly.
     """
 
     def fuse(tree):
@@ -106,10 +110,12 @@ def fused_kvg(tx: optax.GradientTransformation) -> optax.GradientTransformation:
 
 
 def make_optimizer(optim: Optim, steps: int) -> optax.GradientTransformation:
-    """Clip by global norm, the named optimiser at its peak rate, the schedule, weight decay; in this order.
+    """Clip by global norm, the named optimiser at its peak rate, the schedule, weight decay; in
+    this order.
 
-    Weight decay adds -weight_decay * p outside the schedule (Transformer-VQ section 8), or inside it and
-    scaled by the learning rate with `decay_times_lr` (decoupled AdamW). Moments are float32, Lion's bfloat16.
+    Weight decay adds -weight_decay * p outside the schedule (Transformer-VQ section 8), or inside
+    it and scaled by the learning rate with `decay_times_lr` (decoupled AdamW). Moments are float32,
+    Lion's bfloat16.
     """
     mask = lambda params: jax.tree_util.tree_map_with_path(decays, params)
     decay = []
@@ -136,7 +142,10 @@ def make_optimizer(optim: Optim, steps: int) -> optax.GradientTransformation:
         raise ValueError(f"optim.name={optim.name!r}; choose adamw, lion or adafactor")
     if optim.decay_times_lr:
         chain += decay
-    chain += [optax.scale(-optim.learning_rate), optax.scale_by_schedule(make_schedule(optim, steps))]
+    chain += [
+        optax.scale(-optim.learning_rate),
+        optax.scale_by_schedule(make_schedule(optim, steps)),
+    ]
     if decay and not optim.decay_times_lr:
         chain += [optax.add_decayed_weights(-optim.weight_decay, mask)]
     return optax.chain(*chain)

@@ -1,8 +1,9 @@
-"""The experiment schema: frozen dataclasses that a config file fills in and the command line overrides.
+"""The experiment schema: frozen dataclasses that a config file fills in and the command line
+overrides.
 
-A config file under configs/ (or a user's own .py file) defines ``config = Run(...)``. Every field here is
-read somewhere; there are no reserved options. All classes are frozen and hashable, so they can be static
-arguments of jitted functions.
+A config file under configs/ (or a user's own .py file) defines ``config = Run(...)``. Every field
+here is read somewhere; there are no reserved options. All classes are frozen and hashable, so they
+can be static arguments of jitted functions.
 """
 
 from __future__ import annotations
@@ -25,13 +26,15 @@ class Data:
     """Where training sequences come from.
 
     Attributes:
-        path: a file, a directory, a glob, or ``builtin:python-docs`` (English and code text that every
-            Python installation carries).
+        path: a file, a directory, a glob, or ``builtin:python-docs`` (English and code text that
+            every Python installation carries).
         format: "auto", "text" (bytes of files), "enwik8" (100 MB file, 90/5/5 M split), "pg19"
             (train/ validation/ test/ folders of .txt), or "images" (uint8 arrays, .npy/.npz).
         vocab: "bytes" (259 ids: pad 0, EOS 1, unk 2, byte+3) or the path of a SentencePiece model.
-            A path that does not exist yet is trained with `vocab_size` pieces when `train_vocab` is set.
-        train_vocab: number of SentencePiece pieces to train when the `vocab` file is absent; 0 = never.
+            A path that does not exist yet is trained with `vocab_size` pieces when `train_vocab` is
+            set.
+        train_vocab: number of SentencePiece pieces to train when the `vocab` file is absent; 0 =
+            never.
         sequence_len: tokens T per sequence; recurrent state starts afresh at each sequence.
         update_len: tokens U per optimiser update (truncated BPTT); 0 means U = T. Must divide T.
         append_eos: append EOS (id 1) to every document.
@@ -65,8 +68,8 @@ class Optim:
         learning_rate: peak learning rate.
         schedule: "cosine" (to 10%), "linear" (to 10%) or "constant", after `warmup` updates from 0.
         decay_steps: updates at which the decay ends; 0 = `Run.steps`.
-        weight_decay: per-update decay. Transformer-VQ's recipe does not multiply it by the learning rate;
-            `decay_times_lr=True` gives the usual decoupled AdamW decay.
+        weight_decay: per-update decay. Transformer-VQ's recipe does not multiply it by the learning
+            rate; `decay_times_lr=True` gives the usual decoupled AdamW decay.
         clip: global-norm clipping of gradients; 0 = none.
         accumulate: micro-batches per update (rows are split, never time).
     """
@@ -94,7 +97,9 @@ class EMA:
 
 @dataclass
 class Precision:
-    """compute: dtype of activations and matmuls ("float32" or "bfloat16"); parameters stay float32."""
+    """compute: dtype of activations and matmuls ("float32" or "bfloat16"); parameters stay
+    float32.
+    """
 
     compute: str = "float32"
     remat: str = "none"  # "none", "full" (recompute each layer), "dots" (keep matmul outputs)
@@ -112,8 +117,8 @@ class Mesh:
 
 @dataclass
 class Checkpoint:
-    """every: updates between saves (0 = only at the end); keep: latest saves kept; keep_best: best by
-    validation loss kept besides."""
+    """every: updates between saves (0 = only at the end); keep: latest saves kept; keep_best: best
+    by validation loss kept besides."""
 
     every: int = 1000
     keep: int = 3
@@ -122,7 +127,9 @@ class Checkpoint:
 
 @dataclass
 class Eval:
-    """every: updates between validations (0 = only at the end); batches: validation batches (0 = all)."""
+    """every: updates between validations (0 = only at the end); batches: validation batches (0 =
+    all).
+    """
 
     every: int = 1000
     batches: int = 100

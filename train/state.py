@@ -18,8 +18,8 @@ class TrainState:
         opt: optimiser state.
         ema: moving average of params, or {} when none is kept.
         stats: learned without gradients (EMA codebooks), {} if the net has none.
-        carry: recurrent state between updates of one sequence (truncated BPTT), {} if a sequence is one
-            update.
+        carry: recurrent state between updates of one sequence (truncated BPTT), {} if a sequence is
+            one update.
     """
 
     step: Array

@@ -1,4 +1,6 @@
-"""One optimiser update as a pure function: micro-batches, gradients, statistics, guard against NaN."""
+"""One optimiser update as a pure function: micro-batches, gradients, statistics, guard against
+NaN.
+"""
 
 from __future__ import annotations
 
@@ -32,9 +34,9 @@ def init_state(task: Task, run: Run, key: jax.Array) -> TrainState:
 def make_train_step(task: Task, run: Run) -> Callable:
     """step(state, batch) -> (state, metrics), to be jitted with the state donated.
 
-    `batch["step"]` (int32 scalar) must equal `state.step`. An update whose loss or gradient is not finite
-    leaves the whole state as it was, so that every later call (whose batch number no longer matches) does
-    nothing either until the host notices `metrics["ok"]`.
+    `batch["step"]` (int32 scalar) must equal `state.step`. An update whose loss or gradient is not
+    finite leaves the whole state as it was, so that every later call (whose batch number no longer
+    matches) does nothing either until the host notices `metrics["ok"]`.
     """
     optimizer = make_optimizer(run.optim, run.steps)
     schedule = make_schedule(run.optim, run.steps)
@@ -82,7 +84,9 @@ def make_train_step(task: Task, run: Run) -> Callable:
 
 
 def _accumulate(micro, arrays, carry, parts):
-    """Sum `micro` over `parts` micro-batches; rows are dealt out so that each stays on its device."""
+    """Sum `micro` over `parts` micro-batches; rows are dealt out so that each stays on its
+    device.
+    """
     deal = lambda a, axis: jnp.moveaxis(
         a.reshape(*a.shape[:axis], a.shape[axis] // parts, parts, *a.shape[axis + 1 :]),
         axis + 1,

@@ -123,8 +123,8 @@ class LanguageModelTask:
     def evaluate(self, params, stats, batch) -> dict[str, Array]:
         """Sums over one validation batch of whole sequences: {"nll", "tokens"}; no dropout.
 
-        Sequences are run in pieces of the update length with carried state, so memory does not grow with
-        their length.
+        Sequences are run in pieces of the update length with carried state, so memory does not grow
+        with their length.
         """
         variables = {"params": params, "stats": stats}
         keys = ("inputs", "targets", "mask", "segment_ids")

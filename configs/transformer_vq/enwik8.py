@@ -1,8 +1,8 @@
 """Transformer-VQ on Enwik8: 190M parameters, bytes.
 
 Paper: Transformer-VQ (arXiv 2309.16354), Enwik8; expected test 0.99 bits per byte (from the paper).
-Cost: 125,000 updates of 262,144 tokens, 24 layers; meant for a TPU pod slice or several GPUs. Not run here.
-Command: lintime train transformer_vq/enwik8 data.path=enwik8 mesh.data=-1
+Cost: 125,000 updates of 262,144 tokens, 24 layers; meant for a TPU pod slice or several GPUs. Not
+run here. Command: lintime train transformer_vq/enwik8 data.path=enwik8 mesh.data=-1
 """
 
 from ...model.nets.transformer_vq import TransformerVQConfig

@@ -1,10 +1,11 @@
 """Transformer-VQ on PG-19: 1.3B parameters, SentencePiece vocabulary of 32,000.
 
-Paper: Transformer-VQ (arXiv 2309.16354), PG-19; expected test 26.6 word-level perplexity (from the paper).
-Cost: 500,000 updates of 262,144 tokens; meant for a TPU pod. Not run here.
-Data: a folder with train/, validation/ and test/ folders of .txt books. The vocabulary is trained on the
-training books if the file named by data.vocab is not there.
-Command: lintime train transformer_vq/pg19 data.path=pg19 data.vocab=pg19.model mesh.fsdp=-1 mesh.data=1
+Paper: Transformer-VQ (arXiv 2309.16354), PG-19; expected test 26.6 word-level perplexity (from the
+paper). Cost: 500,000 updates of 262,144 tokens; meant for a TPU pod. Not run here.
+Data: a folder with train/, validation/ and test/ folders of .txt books. The vocabulary is trained
+on the training books if the file named by data.vocab is not there.
+Command: lintime train transformer_vq/pg19 data.path=pg19 data.vocab=pg19.model mesh.fsdp=-1
+mesh.data=1
 """
 
 from ...model.nets.transformer_vq import TransformerVQConfig

@@ -1,4 +1,5 @@
-"""Byte-level Transformer-VQ on the text that every Python installation carries. 2 CPU cores, minutes.
+"""Byte-level Transformer-VQ on the text that every Python installation carries. 2 CPU cores,
+minutes.
 
 Paper: Transformer-VQ, arXiv 2309.16354 (a small relative of its Enwik8 model).
 Command: lintime train transformer_vq/quickstart
@@ -10,9 +11,9 @@ from ...train.schema import Checkpoint, Data, Eval, Log, Optim, Run, Sample
 config = Run(
     net=TransformerVQConfig(
         d_model=128,
-        n_layer=2,
-        d_k=64,
-        d_v=256,
+        n_layer=3,
+        d_k=32,
+        d_v=128,
         n_code=64,
         block_len=64,
         mem_len=64,
@@ -21,9 +22,9 @@ config = Run(
     data=Data(sequence_len=512, update_len=256),
     optim=Optim(learning_rate=4e-3, warmup=50, clip=1.0),
     batch_size=4,
-    steps=1000,
-    checkpoint=Checkpoint(every=250, keep=2),
-    eval=Eval(every=500, batches=0),
+    steps=1100,
+    checkpoint=Checkpoint(every=200, keep=2),
+    eval=Eval(every=0, batches=0),
     sample=Sample(prompt="The ", length=300, temperature=0.8, top_p=0.95),
     log=Log(every=20),
 )

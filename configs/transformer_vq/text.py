@@ -1,7 +1,7 @@
 """A 14M-parameter byte-level Transformer-VQ for your own text on one GPU.
 
-Paper: Transformer-VQ (arXiv 2309.16354), scaled down. Cost: about an hour on one data-centre GPU (estimate).
-Not run here.
+Paper: Transformer-VQ (arXiv 2309.16354), scaled down. Cost: about an hour on one data-centre GPU
+(estimate). Not run here.
 Command: lintime train transformer_vq/text data.path=my_texts/
 """
 

@@ -46,8 +46,8 @@ def straight_through(k: Array, codes: Array, codebook: Array) -> tuple[Array, Ar
         k: [B, h, T, K]; codes: [B, h, T]; codebook: [h, S, K], which receives no gradient.
 
     Returns:
-        quantised keys [B, h, T, K] whose gradient passes on to k, and errors [B, h, T], differentiable in k
-        (the commitment loss); both at least float32.
+        quantised keys [B, h, T, K] whose gradient passes on to k, and errors [B, h, T],
+        differentiable in k (the commitment loss); both at least float32.
     """
     acc = jnp.promote_types(k.dtype, jnp.float32)
     k, codebook = k.astype(acc), lax.stop_gradient(codebook.astype(acc))
@@ -68,8 +68,11 @@ def quantize(k: Array, codebook: Array) -> tuple[Array, Array, Array]:
     return codes, *straight_through(k, codes, codebook)
 
 
-def codebook_statistics(k: Array, codes: Array, mask: Array | None, n_code: int) -> dict[str, Array]:
-    """Sums and counts of the keys assigned to each code; these add up over blocks, rows and devices.
+def codebook_statistics(
+    k: Array, codes: Array, mask: Array | None, n_code: int
+) -> dict[str, Array]:
+    """Sums and counts of the keys assigned to each code; these add up over blocks, rows and
+    devices.
 
     c_sum[h,s] = sum_{b,t} mask[b,t] [codes = s] k[b,h,t], c_count[h,s] likewise with 1 for k.
 
@@ -100,7 +103,8 @@ def codebook_statistics(k: Array, codes: Array, mask: Array | None, n_code: int)
 
 
 def _bfloat16_parts(x: Array) -> list[Array]:
-    """Three bfloat16 arrays that add up to a float32 one, so that tensor cores can sum it without loss.
+    """Three bfloat16 arrays that add up to a float32 one, so that tensor cores can sum it without
+    loss.
 
     `reduce_precision` is a rounding the compiler keeps; a pair of casts it may drop.
     """

@@ -1,4 +1,6 @@
-"""VQ attention by its definition: dense softmax attention over quantised keys, O(T^2). The truth for tests."""
+"""VQ attention by its definition: dense softmax attention over quantised keys, O(T^2). The truth
+for tests.
+"""
 
 from __future__ import annotations
 
@@ -12,15 +14,17 @@ def vq_attention_reference(
     q, k, codes, v, codebook, *, content_bias, position_bias, rel, state: VQState, segment_ids,
     lengths, block_len, use_cache, grad_through_cache, mask_segments, reduction,
 ) -> tuple[Array, VQState]:  # fmt: skip
-    """Arguments as in `vq_attention`. `reduction` only orders the arithmetic, so it changes nothing here.
+    """Arguments as in `vq_attention`. `reduction` only orders the arithmetic, so it changes nothing
+    here.
 
-    Keys are numbered c = 0 .. M+T-1: the M of the window, then the T present ones; query t sits at M+t and
-    block b starts at query index b. A key c < b is read from the cache, i.e. as the current codeword of its
-    code (a constant); a younger key is read as it stands, with its straight-through gradient.
+    Keys are numbered c = 0 .. M+T-1: the M of the window, then the T present ones; query t sits at
+    M+t and block b starts at query index b. A key c < b is read from the cache, i.e. as the current
+    codeword of its code (a constant); a younger key is read as it stands, with its straight-through
+    gradient.
     """
     del reduction
     acc = jnp.promote_types(q.dtype, jnp.float32)
-    heads, kv_heads, n_code, mem = q.shape[1], k.shape[1], codebook.shape[1], rel.shape[1] - 1
+    heads, n_code, mem = q.shape[1], codebook.shape[1], rel.shape[1] - 1
     t_len = q.shape[2]
     q, k, v = (a.astype(acc) for a in (q, k, v))
     codebook = lax.stop_gradient(codebook.astype(acc))
@@ -85,7 +89,9 @@ def vq_attention_reference(
 
 
 def _absorb(state, z, key, value, segment, lengths, n_code, mask_segments) -> VQState:
-    """Move the oldest `lengths` keys of [window | present] into the cache; the next M are the new window."""
+    """Move the oldest `lengths` keys of [window | present] into the cache; the next M are the new
+    window.
+    """
     acc, mem = key.dtype, state.codes.shape[2]
     index = jnp.arange(z.shape[2])
     leaving = (index < lengths[:, None])[:, None] & (z < n_code)  # [B, h, N]
@@ -98,7 +104,9 @@ def _absorb(state, z, key, value, segment, lengths, n_code, mask_segments) -> VQ
         count, mean = jnp.where(same, count, 0), jnp.where(same[..., None], mean, 0)
     onehot = (z[..., None] == jnp.arange(n_code)) * leaving[..., None].astype(acc)
     new_count = count + onehot.sum(2)
-    sums = count[..., None] * mean + jnp.einsum("bhns,bhnv->bhsv", onehot, value, precision="highest")
+    sums = count[..., None] * mean + jnp.einsum(
+        "bhns,bhnv->bhsv", onehot, value, precision="highest"
+    )
     keep = lengths[:, None] + jnp.arange(mem)
     take = lambda a, i: jnp.take_along_axis(a, i, axis=-1 if a.ndim < 4 else 2)
     return VQState(

@@ -1,4 +1,6 @@
-"""The recurrent state of VQ attention: an uncompressed window of M keys and a compressed cache of S codes."""
+"""The recurrent state of VQ attention: an uncompressed window of M keys and a compressed cache of S
+codes.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +13,8 @@ from jax import Array
 class VQState(NamedTuple):
     """State after `offset` tokens; its size does not depend on how many tokens came before.
 
-    The window holds the positions offset-M .. offset-1 in order (slots before position 0 are empty);
-    every older key has been absorbed into the cache.
+    The window holds the positions offset-M .. offset-1 in order (slots before position 0 are
+    empty); every older key has been absorbed into the cache.
 
     Attributes:
         offset: [B] int32, tokens seen so far.

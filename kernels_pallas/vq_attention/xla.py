@@ -1,14 +1,15 @@
-"""VQ attention in linear time as plain XLA operations: block scores, and a prefix over blocks for the cache.
+"""VQ attention in linear time as plain XLA operations: block scores, and a prefix over blocks for
+the cache.
 
-Keys are numbered as in the reference: the M window keys first, then the T present ones. While the block that
-starts at query rL is processed, the cache holds exactly the keys c < rL and the window the keys rL .. rL+M+L-1,
-for every M (longer or shorter than L, or zero). So the keys leave the window in blocks of L, block g of the
-numbering being absorbed between query blocks g and g+1:
+Keys are numbered as in the reference: the M window keys first, then the T present ones. While the
+block that starts at query rL is processed, the cache holds exactly the keys c < rL and the window
+the keys rL .. rL+M+L-1, for every M (longer or shorter than L, or zero). So the keys leave the
+window in blocks of L, block g of the numbering being absorbed between query blocks g and g+1:
 
     n_r = n_in + sum_{g<r} b_g        mean_r = (n_in mean_in + sum_{g<r} y_g) / max(n_r, 1)
 
-with b_g, y_g the counts and value sums per code of key block g. `cache_prefix` computes this in one of
-three orders of the same arithmetic.
+with b_g, y_g the counts and value sums per code of key block g. `cache_prefix` computes this in one
+of three orders of the same arithmetic.
 """
 
 from __future__ import annotations
@@ -30,9 +31,9 @@ REDUCTIONS = ("serial", "associative", "matmul")
 def matmul(spec: str, a: Array, b: Array) -> Array:
     """einsum(spec, a, b) of two operands, accumulated and returned in at least float32.
 
-    The backward pass rounds the cotangent to the operands' dtype first, so that its matmuls run in that dtype
-    too: without this a float32 cotangent would turn every bfloat16 matmul of the backward pass into a
-    float32 one. For float32 operands it is the plain einsum.
+    The backward pass rounds the cotangent to the operands' dtype first, so that its matmuls run in
+    that dtype too: without this a float32 cotangent would turn every bfloat16 matmul of the
+    backward pass into a float32 one. For float32 operands it is the plain einsum.
     """
     return _matmul(spec, *vary((a, b), (a, b)))
 
@@ -62,7 +63,8 @@ _matmul.defvjp(_matmul_fwd, _matmul_bwd)
 
 
 def skew(x: Array, length: int) -> Array:
-    """Turn columns counted from the diagonal into absolute columns: out[i, j] = x[i, j - i], 0 elsewhere.
+    """Turn columns counted from the diagonal into absolute columns: out[i, j] = x[i, j - i], 0
+    elsewhere.
 
     Args:
         x: [..., L, m].
@@ -83,7 +85,8 @@ def log_count(count: Array) -> Array:
 
 
 def window_mask(block_len: int, mem_len: int, first: Array | int, locality: bool) -> Array:
-    """Which of the M+L window slots query i may see: causal, not before slot `first`, and within M if local.
+    """Which of the M+L window slots query i may see: causal, not before slot `first`, and within M
+    if local.
 
     Returns:
         [..., L, M+L] bool; leading axes are those of `first`.
@@ -110,14 +113,16 @@ def cache_prefix(
     count: Array, mean: Array, segment: Array, counts: Array, sums: Array, segments: Array,
     *, reduction: str, mask_segments: bool,
 ) -> tuple[Array, Array]:  # fmt: skip
-    """Caches before block 0, 1, .., R: the running merge of the incoming cache with R block summaries.
+    """Caches before block 0, 1, .., R: the running merge of the incoming cache with R block
+    summaries.
 
     Args:
         count, mean, segment: incoming cache [B, h, S], [B, h, S, V], [B].
-        counts, sums, segments: block summaries [B, h, R, S], [B, h, R, S, V], and the document id of the
-            newest key of each block [B, R].
+        counts, sums, segments: block summaries [B, h, R, S], [B, h, R, S, V], and the document id
+            of the newest key of each block [B, R].
         reduction: "serial" (a scan), "associative" (a parallel scan of the pairs (n, mean) under
-            (n1,m1)+(n2,m2) = (n1+n2, (n1 m1 + n2 m2)/(n1+n2))), or "matmul" (one triangular matmul).
+            (n1,m1)+(n2,m2) = (n1+n2, (n1 m1 + n2 m2)/(n1+n2))), or "matmul" (one triangular
+            matmul).
         mask_segments: a merge drops what belongs to an older document.
 
     Returns:
@@ -169,7 +174,9 @@ def cache_prefix(
 
 
 def _window_frames(x: Array, mem: int, block: int, n_block: int) -> Array:
-    """[..., M + R*L, *] -> [..., R, M, *]: for each block the M entries before it. Axis -2 is cut."""
+    """[..., M + R*L, *] -> [..., R, M, *]: for each block the M entries before it. Axis -2 is
+    cut.
+    """
     x = x[..., : mem + (n_block - 1) * block, :]
     if mem % block == 0:  # shifted copies of whole blocks
         span = mem // block
@@ -185,7 +192,9 @@ def vq_attention_xla(
     q, k, codes, v, codebook, *, content_bias, position_bias, rel, state: VQState, segment_ids,
     lengths, block_len, use_cache, grad_through_cache, mask_segments, reduction,
 ) -> tuple[Array, VQState]:  # fmt: skip
-    """Arguments as in `vq_attention`; matmul inputs keep their dtype, scores and softmax are float32."""
+    """Arguments as in `vq_attention`; matmul inputs keep their dtype, scores and softmax are
+    float32.
+    """
     dtype = q.dtype
     acc = jnp.promote_types(dtype, jnp.float32)
     batch, heads, t_len, d_k = q.shape
@@ -238,7 +247,9 @@ def vq_attention_xla(
     group = heads // kv_heads
     width = mem + block
 
-    def with_bias(bias):  # [B, h, R, G, L, K]: the heads of a group share keys, so they lie together
+    def with_bias(
+        bias,
+    ):  # [B, h, R, G, L, K]: the heads of a group share keys, so they lie together
         x = (q.astype(acc) + bias.astype(acc)[None, :, None, :]).astype(dtype)
         return jnp.moveaxis(pad(x, 2).reshape(batch, kv_heads, group, n_block, block, d_k), 2, 3)
 
@@ -249,8 +260,8 @@ def vq_attention_xla(
 
     qc = with_bias(content_bias)
     scores = matmul("bhrgik,bhrjk->bhrgij", qc, window(keys))
-    # Position bias by column m = j - i, i.e. distance M - m: one column for the far end (distance M), apart
-    # so that the matmul has an even width, and M columns for distances M-1 .. 0.
+    # Position bias by column m = j - i, i.e. distance M - m: one column for the far end (distance
+    # M), apart so that the matmul has an even width, and M columns for distances M-1 .. 0.
     qp = with_bias(position_bias)
     far = jnp.einsum("bhrgik,hk->bhrgi", qp, rel[:, -1].astype(dtype), preferred_element_type=acc)
     near = matmul("bhrgik,hmk->bhrgim", qp, rel[:, -2::-1].astype(dtype))

@@ -1,4 +1,6 @@
-"""EMA codebooks: update, revival of dead codes, diagnostics (arXiv 2309.16354, sections 3.3 and 4)."""
+"""EMA codebooks: update, revival of dead codes, diagnostics (arXiv 2309.16354, sections 3.3 and
+4).
+"""
 
 from __future__ import annotations
 
@@ -14,14 +16,16 @@ SPLIT = 0.01  # relative distance between a revived code and the code it was spl
 def update_codebook(
     stats: dict[str, Array], delta: dict[str, Array], *, decay: float, revive_below: float = 0.0
 ) -> dict[str, Array]:
-    """c <- decay c + (1 - decay) * (sum over all tokens since the previous update), then revive dead codes.
+    """c <- decay c + (1 - decay) * (sum over all tokens since the previous update), then revive
+    dead codes.
 
     Args:
         stats: {"c_sum": [..., S, K], "c_count": [..., S]} float32.
-        delta: sums of the same shapes over the whole update (all rows, blocks, micro-batches, devices).
+        delta: sums of the same shapes over the whole update (all rows, blocks, micro-batches,
+            devices).
         decay: gamma.
-        revive_below: a code whose count falls under this is replaced by splitting the most used codes:
-            both halves keep half the count and move apart by 1%. 0 switches revival off.
+        revive_below: a code whose count falls under this is replaced by splitting the most used
+            codes: both halves keep half the count and move apart by 1%. 0 switches revival off.
     """
     new = jax.tree.map(lambda c, d: decay * c + (1 - decay) * d.astype(c.dtype), stats, delta)
     return _split_codes(new, revive_below) if revive_below > 0 else new
@@ -54,9 +58,9 @@ def codebook_metrics(c_sum: Array, c_count: Array) -> dict[str, Array]:
         c_sum: [h, S, K]; c_count: [h, S].
 
     Returns:
-        Scalars: cosine similarity c_sim_*, distance c_dist_* over pairs of codes, c_norm_*, c_usage_*
-        (EMA counts), c_thresh_oob (codes with count under 1 or over 1e6), c_entropy (nats of the EMA
-        counts) and c_perplexity = exp(entropy).
+        Scalars: cosine similarity c_sim_*, distance c_dist_* over pairs of codes, c_norm_*,
+        c_usage_* (EMA counts), c_thresh_oob (codes with count under 1 or over 1e6), c_entropy (nats
+        of the EMA counts) and c_perplexity = exp(entropy).
     """
     count = lax.stop_gradient(jnp.maximum(c_count, 1e-2))
     code = codewords(c_sum, c_count)
@@ -93,11 +97,12 @@ def codebook_metrics(c_sum: Array, c_count: Array) -> dict[str, Array]:
 
 
 def quantisation_metrics(k: Array, k_hat: Array, errors: Array, block_len: int) -> dict[str, Array]:
-    """Norms of keys and quantised keys, and relative errors sqrt(err)/|k| (per block of block_len tokens).
+    """Norms of keys and quantised keys, and relative errors sqrt(err)/|k| (per block of block_len
+    tokens).
 
     Args:
-        k, k_hat: [B, h, T, K]; errors: [B, h, T] squared errors; block_len: extremes are taken per block
-            and averaged (the whole T when block_len does not divide it).
+        k, k_hat: [B, h, T, K]; errors: [B, h, T] squared errors; block_len: extremes are taken per
+            block and averaged (the whole T when block_len does not divide it).
     """
     k, k_hat, errors = (lax.stop_gradient(a) for a in (k, k_hat, errors))
     norm = jnp.maximum(jnp.linalg.norm(k, axis=-1), 1e-2)

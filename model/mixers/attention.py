@@ -17,7 +17,8 @@ class DenseState(NamedTuple):
     """Key-value cache of `max_length` slots; grows with the context, unlike VQState.
 
     Attributes:
-        offset: [B] int32 tokens seen; keys [B, h, N, K]; values [B, h, N, V]; segments [B, N] int32.
+        offset: [B] int32 tokens seen; keys [B, h, N, K]; values [B, h, N, V]; segments [B, N]
+            int32.
     """
 
     offset: Array
@@ -26,7 +27,9 @@ class DenseState(NamedTuple):
     segments: Array
 
 
-def init_dense_state(batch: int, kv_heads: int, max_length: int, d_k: int, d_v: int, dtype) -> DenseState:
+def init_dense_state(
+    batch: int, kv_heads: int, max_length: int, d_k: int, d_v: int, dtype
+) -> DenseState:
     """An empty cache of `max_length` slots. Writing past its end is the caller's error."""
     return DenseState(
         offset=jnp.zeros((batch,), jnp.int32),
@@ -43,11 +46,12 @@ def dense_attention(
 ) -> tuple[Array, DenseState | None]:  # fmt: skip
     """Causal softmax attention with Transformer-XL position bias at every distance, scores in full.
 
-    s(t,j) = (q_t + u) . k_j + (q_t + v) . rho_{t-j}, o = softmax(s) v. Sizes and scaling as `vq_attention`.
+    s(t,j) = (q_t + u) . k_j + (q_t + v) . rho_{t-j}, o = softmax(s) v. Sizes and scaling as
+    `vq_attention`.
 
     Args:
-        rel: [h, N, K] table by distance 0..N-1 with N the number of keys (T, or the slots of the state), or
-            None for no position bias.
+        rel: [h, N, K] table by distance 0..N-1 with N the number of keys (T, or the slots of the
+            state), or None for no position bias.
         state: cache to continue; `lengths` [B] valid tokens per row.
 
     Returns:
@@ -65,8 +69,8 @@ def dense_attention(
     if state is None:
         keys, values, segments, start = k, v, segment_ids, jnp.zeros((batch,), jnp.int32)
     else:
-        write = jax.vmap(lambda buf, new, at, axis: lax.dynamic_update_slice_in_dim(buf, new, at, axis),
-                         in_axes=(0, 0, 0, None))  # fmt: skip
+        put = lax.dynamic_update_slice_in_dim
+        write = jax.vmap(put, in_axes=(0, 0, 0, None))
         start = state.offset
         keys = write(state.keys, k.astype(state.keys.dtype), start, 1)
         values = write(state.values, v.astype(state.values.dtype), start, 1)
@@ -97,9 +101,11 @@ def dense_attention(
 
 
 def flash_attention(q: Array, k: Array, v: Array, *, segment_ids: Array | None = None) -> Array:
-    """Causal attention through `jax.nn.dot_product_attention`: cuDNN flash on GPU in 16-bit, XLA elsewhere.
+    """Causal attention through `jax.nn.dot_product_attention`: cuDNN flash on GPU in 16-bit, XLA
+    elsewhere.
 
-    Fused attention needs values as wide as keys, so wider values are cut into V/K heads that share q and k.
+    Fused attention needs values as wide as keys, so wider values are cut into V/K heads that share
+    q and k.
 
     Args:
         q: [B, H, T, K]; k: [B, h, T, K]; v: [B, h, T, V] with V a multiple of K.

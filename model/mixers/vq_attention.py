@@ -1,4 +1,6 @@
-"""Transformer-VQ attention sublayer: gated single-head (shga), multi-query or multi-head, VQ or quadratic."""
+"""Transformer-VQ attention sublayer: gated single-head (shga), multi-query or multi-head, VQ or
+quadratic.
+"""
 
 from __future__ import annotations
 
@@ -23,22 +25,23 @@ ATTENTION_KINDS = ("vq", "dense", "flash")
 
 
 class VQAttention(nn.Module):
-    """y = W_res (o * g) with o = VQ attention of normalised q, quantised k, and v (arXiv 2309.16354).
+    """y = W_res (o * g) with o = VQ attention of normalised q, quantised k, and v (arXiv
+    2309.16354).
 
-        x~ = norm(x);  q, k = rms(W_q x~), rms(W_k x~), each times K^(-1/4);  k^ = nearest codeword of k
-        gated: v = silu(W_v x~), g = silu(W_g x~);  otherwise v = W_v x~ and no gate
+        x~ = norm(x);  q, k = rms(W_q x~), rms(W_k x~), each times K^(-1/4);  k^ = nearest codeword
+        of k gated: v = silu(W_v x~), g = silu(W_g x~);  otherwise v = W_v x~ and no gate
 
-    The codebook is an EMA held in the collection "stats" (c_sum [h, S, K], c_count [h, S]): it learns
-    through `aux["stats_delta"]`, not by gradient. Dropout acts iff rngs "dropout" and "timeless" are given
-    ("timeless" draws are to be kept for all updates of one sequence).
+    The codebook is an EMA held in the collection "stats" (c_sum [h, S, K], c_count [h, S]): it
+    learns through `aux["stats_delta"]`, not by gradient. Dropout acts iff rngs "dropout" and
+    "timeless" are given ("timeless" draws are to be kept for all updates of one sequence).
 
     Attributes:
         features: width D of x and y.
         num_heads, num_kv_heads: H and h; key_dim, value_dim: K and V per head; gated: as above.
         n_code, block_len, mem_len, use_cache, grad_through_cache, reduction, mask_documents: see
             `kernels_pallas.vq_attention.vq_attention`.
-        attention: "vq"; "dense" (unquantised keys, position bias at every distance); "flash" (unquantised
-            keys, no position bias, fused kernels). All share the same parameters.
+        attention: "vq"; "dense" (unquantised keys, position bias at every distance); "flash"
+            (unquantised keys, no position bias, fused kernels). All share the same parameters.
         norm_affine: gain and bias in the input norm. pe_lam: see `sinusoids`.
         dropout_sin, dropout_res: rates on the position table and on the output.
         dtype: of matmul inputs; norms, distances, softmax and statistics are float32.
@@ -107,11 +110,14 @@ class VQAttention(nn.Module):
             context, context_mask, positions: of the mixer contract; this mixer takes none.
 
         Returns:
-            y [B, T, D] and aux: {"commit": [B, T] masked squared quantisation error summed over heads,
-            "stats_delta": sums for `update_codebook`, "metrics": scalars}; empty without a codebook.
+            y [B, T, D] and aux: {"commit": [B, T] masked squared quantisation error summed over
+            heads, "stats_delta": sums for `update_codebook`, "metrics": scalars}; empty without a
+            codebook.
         """
         if context is not None or context_mask is not None or positions is not None:
-            raise ValueError("VQAttention is causal self-attention: no context or explicit positions")
+            raise ValueError(
+                "VQAttention is causal self-attention: no context or explicit positions"
+            )
         y, _, aux = self._mix(x, None, None, mask, segment_ids, None)
         return y, aux
 
@@ -137,10 +143,10 @@ class VQAttention(nn.Module):
         return y[:, 0], state
 
     @nn.nowrap
-    def init_state(
-        self, batch: int, dtype=None, max_length: int | None = None
-    ) -> AttentionState:
-        """State before the first token. The quadratic kinds need `max_length`, their number of slots."""
+    def init_state(self, batch: int, dtype=None, max_length: int | None = None) -> AttentionState:
+        """State before the first token. The quadratic kinds need `max_length`, their number of
+        slots.
+        """
         dtype = self.dtype if dtype is None else dtype
         sizes = (self.key_dim, self.value_dim, dtype)
         if self.attention == "vq":

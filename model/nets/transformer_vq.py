@@ -31,8 +31,9 @@ class TransformerVQConfig:
         n_code: codes S per key-value head.
         block_len: block length L; the function computed does not depend on it.
         mem_len: uncompressed window M before the block; position bias reaches this far.
-        attention: "vq", or the quadratic baselines "dense" (unquantised keys, relative position bias
-            at every distance) and "flash" (unquantised keys, no relative bias, fused attention).
+        attention: "vq", or the quadratic baselines "dense" (unquantised keys, relative position
+            bias at every distance) and "flash" (unquantised keys, no relative bias, fused
+            attention).
         cache: attend to the compressive cache (False: sliding window of M keys).
         grad_through_cache: let gradients flow into keys and values of earlier blocks.
         reduction: "serial", "associative" or "matmul": how the cache recurrence is computed.
@@ -40,12 +41,14 @@ class TransformerVQConfig:
         norm_affine: gain and bias in the input and output norms.
         pe_abs: add scaled absolute sinusoids to the embeddings.
         pe_lam: largest wavelength of the sinusoids.
-        tie_embeddings, out_norm, logit_scale: output head; logit_scale multiplies "logits" (including
-            the bias) or "features" as `scale_on` says; tied_bias adds a bias to a tied head.
+        tie_embeddings, out_norm, logit_scale: output head; logit_scale multiplies "logits"
+            (including the bias) or "features" as `scale_on` says; tied_bias adds a bias to a tied
+            head.
         dropout_*: rates for embeddings, the sinusoid table, residual branches and whole sublayers.
         commit_weight: coefficient of the commitment loss.
         codebook_decay: EMA decay gamma of the codebook.
-        revive_below: codes whose EMA count falls under this are re-seeded from current keys; 0 = never.
+        revive_below: codes whose EMA count falls under this are re-seeded from current keys; 0 =
+            never.
     """
 
     vocab_size: int = 259
@@ -84,9 +87,7 @@ def head_geometry(config: TransformerVQConfig) -> dict[str, int | bool]:
     """Heads, key-value heads and widths of a head type, as arguments of `VQAttention`."""
     if config.head_type == "shga":
         d_v = config.d_v or 2 * config.d_model // config.n_head
-        return dict(
-            num_heads=config.n_head, num_kv_heads=config.n_head, value_dim=d_v, gated=True
-        )
+        return dict(num_heads=config.n_head, num_kv_heads=config.n_head, value_dim=d_v, gated=True)
     if config.head_type not in ("mqa", "mha"):
         raise ValueError(f"head_type={config.head_type!r}; choose shga, mqa or mha")
     heads, rest = divmod(config.d_model, config.d_k)
@@ -112,7 +113,8 @@ def make_mixer(config: TransformerVQConfig, dtype=jnp.float32, **kwargs) -> VQAt
 class Layer(nn.Module):
     """Two residual sublayers: attention twice (shga), or attention and an MLP (mqa, mha).
 
-    `states` and `tables` hold one entry per attention sublayer, or None (fresh sequence; made here).
+    `states` and `tables` hold one entry per attention sublayer, or None (fresh sequence; made
+    here).
     """
 
     config: TransformerVQConfig
@@ -161,7 +163,8 @@ class TransformerVQ(nn.Module):
     """Language model over VQ-attention layers; parameters of all layers are stacked on axis 0.
 
     Variables: "params", and "stats" with the EMA codebooks under stats["layers"][sublayer].
-    Dropout acts iff rngs "dropout" (new per update) and "timeless" (one draw per sequence) are given.
+    Dropout acts iff rngs "dropout" (new per update) and "timeless" (one draw per sequence) are
+    given.
 
     Attributes:
         config: sizes and switches.
@@ -202,7 +205,8 @@ class TransformerVQ(nn.Module):
         """Logits of whole sequences that start at position 0.
 
         Args:
-            tokens: [B, T] int32. mask: [B, T] tokens that count in the commitment loss and codebooks.
+            tokens: [B, T] int32. mask: [B, T] tokens that count in the commitment loss and
+                codebooks.
             segment_ids: [B, T] document ids.
 
         Returns:
@@ -212,7 +216,9 @@ class TransformerVQ(nn.Module):
         logits, _, aux = self._run(tokens, None, None, mask, segment_ids, None)
         return logits, aux
 
-    def extend(self, tokens: Array, state, *, lengths=None, mask=None, segment_ids=None, tables=None):
+    def extend(
+        self, tokens: Array, state, *, lengths=None, mask=None, segment_ids=None, tables=None
+    ):
         """Continue from `state` with tokens [B, T]: logits [B, T, vocab], new state, aux.
 
         `lengths` [B] counts valid tokens (right padding); `tables` come from `rel_tables`.
@@ -226,7 +232,9 @@ class TransformerVQ(nn.Module):
 
     @nn.nowrap
     def init_state(self, batch: int, dtype=None, max_length: int | None = None):
-        """State before the first token: per attention sublayer, stacked over layers (batch is axis 1)."""
+        """State before the first token: per attention sublayer, stacked over layers (batch is axis
+        1).
+        """
         mixer = make_mixer(self.config, self.dtype, parent=None)
         one = mixer.init_state(batch, dtype, max_length)
         stack = lambda a: jnp.broadcast_to(a, (self.config.n_layer, *a.shape))
@@ -284,7 +292,9 @@ def _collect(aux: dict) -> dict:
 
 
 def absorb(config: TransformerVQConfig, stats: dict, delta: dict) -> dict:
-    """New codebooks after one update; `delta` sums `aux["stats_delta"]` over everything the update saw."""
+    """New codebooks after one update; `delta` sums `aux["stats_delta"]` over everything the update
+    saw.
+    """
     if not stats:
         return stats
     update = lambda s, d: update_codebook(

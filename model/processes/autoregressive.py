@@ -11,7 +11,8 @@ class Autoregressive:
 
     Attributes:
         normalise: "positions" divides the masked sum of negative log-likelihoods by all positions,
-            padding included, as the Transformer-VQ reference does; "tokens" divides by the unmasked ones.
+            padding included, as the Transformer-VQ reference does; "tokens" divides by the unmasked
+            ones.
     """
 
     normalise: str = "positions"

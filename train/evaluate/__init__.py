@@ -1,4 +1,6 @@
-"""Validation: sums over whole batches on the mesh, so the result does not depend on how rows are split."""
+"""Validation: sums over whole batches on the mesh, so the result does not depend on how rows are
+split.
+"""
 
 from __future__ import annotations
 
