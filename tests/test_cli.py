@@ -102,9 +102,6 @@ def truncate(folder: Path) -> None:
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
-# ---------------------------------------------------------------- help and lists
-
-
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_of_every_command_describes_itself_with_an_example(cli, command):
     status, out, err = cli(command, "--help")
@@ -141,9 +138,6 @@ def test_as_a_process():
     assert (good.returncode, good.stderr) == (0, "") and CONFIG in good.stdout
     assert bad.returncode == 2
     assert bad.stderr == "lintime: unknown field 'step'; did you mean steps?\n"
-
-
-# ---------------------------------------------------------------- the main path
 
 
 def test_train_leaves_a_complete_run_and_says_what_next(trained):
@@ -258,9 +252,6 @@ def test_bench_prints_a_table(cli, tmp_path):
     assert status == 0 and "vq-serial" in out and (tmp_path / "bench.png").is_file()
 
 
-# ---------------------------------------------------------------- mistakes in the words
-
-
 @pytest.mark.parametrize(
     "arguments, says",
     [
@@ -329,9 +320,6 @@ def test_directory_that_is_no_run(refused, tmp_path):
     (tmp_path / "config.json").write_text('{"net": ')
     for command in ("eval", "sample"):
         assert "config.json is damaged" in refused(command, "--run", tmp_path)
-
-
-# ---------------------------------------------------------------- data, mesh, other models
 
 
 def test_data_that_is_missing_empty_or_short(refused, words, tmp_path):
