@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,7 @@ class Checkpoints:
         step = int(state.step)
         if step in self._manager.all_steps():
             return
+        _check_space(self.folder, state)
         items = {p: ocp.args.StandardSave(getattr(state, p)) for p in PARTS if getattr(state, p)}
         meta = meta | {"format": FORMAT_VERSION, "step": step, "val_loss": val_loss}
         metrics = None if val_loss is None else {"val_loss": val_loss}
@@ -219,9 +221,26 @@ def _keep(config: Checkpoint) -> dict[str, Any]:
     policies = [managers.LatestN(config.keep)] + ([best] if config.keep_best else [])
     return {
         "preservation_policy": managers.AnyPreservationPolicy(policies),
+        # Without a best_fn orbax would not write the metrics, and a continued run forget its best.
+        "best_fn": lambda m: m["val_loss"],
+        "best_mode": "min",
         "enable_async_checkpointing": True,
         "cleanup_tmp_directories": True,
     }
+
+
+def _check_space(folder: Path, state: TrainState) -> None:
+    """Refuse a save that cannot fit, before anything is written. Asks only about this process's share."""
+    arrays = [a for a in jax.tree.leaves(state) if isinstance(a, jax.Array)]
+    need = sum(s.data.nbytes for a in arrays for s in a.addressable_shards if s.replica_id == 0)
+    with contextlib.suppress(OSError):  # object stores and some network file systems have no answer
+        free = shutil.disk_usage(folder).free
+        if free < need:
+            raise UserError(
+                f"no space left on device for a checkpoint in {folder}: {need / 1e6:.1f} MB needed, "
+                f"{free / 1e6:.1f} MB free; nothing already saved was lost; free space and run the "
+                "same command again"
+            )
 
 
 def _shape_text(entry) -> str:

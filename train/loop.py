@@ -5,6 +5,7 @@ python: `train(run, "runs/my-run")`        shell: `lintime train CONFIG [field=v
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 from pathlib import Path
@@ -65,6 +66,8 @@ def train(
         UserError: anything the user can mend, in one line; nothing already saved is lost.
     """
     run_dir, primary = Path(run_dir), jax.process_index() == 0
+    if run.stages:
+        raise UserError("this config is a pipeline of stages; this version trains single runs only")
 
     # ---- data ---------------------------------------------------------------------------------
     train_data = open_data(
@@ -192,7 +195,8 @@ def train(
     finally:
         tracker.close()
         if primary:
-            plot_curves(run_dir)
+            with contextlib.suppress(UserError):  # nothing to draw yet, or the disk is full
+                plot_curves(run_dir)
     return Result(run_dir, step, last_val, stopped)
 
 
@@ -240,6 +244,9 @@ def _check_fingerprint(saved: dict | None, now: dict) -> None:
 def _start_from(run: Run, state: TrainState, abstract: TrainState) -> TrainState:
     """Weights and codebooks of another run or converted checkpoint; optimiser and step stay new."""
     wanted = {"params": abstract.params, "stats": abstract.stats}
-    loaded = restore_inference(run.init_from, wanted)
+    try:
+        loaded = restore_inference(run.init_from, wanted)
+    except UserError as error:
+        raise UserError(f"init_from={run.init_from}: {error}") from error
     state = state.replace(params=loaded["params"], stats=loaded["stats"])
     return state.replace(ema=jax.tree.map(jax.numpy.copy, loaded["params"])) if state.ema else state

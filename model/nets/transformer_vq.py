@@ -47,8 +47,8 @@ class TransformerVQConfig:
         dropout_*: rates for embeddings, the sinusoid table, residual branches and whole sublayers.
         commit_weight: coefficient of the commitment loss.
         codebook_decay: EMA decay gamma of the codebook.
-        revive_below: codes whose EMA count falls under this are re-seeded from current keys; 0 =
-            never.
+        revive_below: codes whose EMA count falls under this are replaced by splitting the most
+            used codes; 0 = never.
     """
 
     vocab_size: int = 259
