@@ -230,15 +230,15 @@ def _keep(config: Checkpoint) -> dict[str, Any]:
 
 
 def _check_space(folder: Path, state: TrainState) -> None:
-    """Refuse a save that cannot fit, before anything is written. Asks only about this process's share."""
+    """Refuse a save that cannot fit, before anything is written (this process's share)."""
     arrays = [a for a in jax.tree.leaves(state) if isinstance(a, jax.Array)]
     need = sum(s.data.nbytes for a in arrays for s in a.addressable_shards if s.replica_id == 0)
     with contextlib.suppress(OSError):  # object stores and some network file systems have no answer
         free = shutil.disk_usage(folder).free
         if free < need:
             raise UserError(
-                f"no space left on device for a checkpoint in {folder}: {need / 1e6:.1f} MB needed, "
-                f"{free / 1e6:.1f} MB free; nothing already saved was lost; free space and run the "
+                f"no space left on device for a checkpoint in {folder}: {need / 1e6:.1f} MB "
+                f"needed, {free / 1e6:.1f} MB free; nothing already saved was lost; free space and run the "
                 "same command again"
             )
 

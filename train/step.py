@@ -65,7 +65,7 @@ def make_train_step(task: Task, run: Run) -> Callable:
             )
         loss = loss / weight
         grads = jax.tree.map(lambda g: g / weight, grads)
-        norm = optax.global_norm(grads)
+        norm = optax.tree.norm(grads)
         updates, opt = optimizer.update(grads, state.opt, state.params)
         params = optax.apply_updates(state.params, updates)
         ema = state.ema
