@@ -238,8 +238,8 @@ def _check_space(folder: Path, state: TrainState) -> None:
         if free < need:
             raise UserError(
                 f"no space left on device for a checkpoint in {folder}: {need / 1e6:.1f} MB "
-                f"needed, {free / 1e6:.1f} MB free; nothing already saved was lost; free space and run the "
-                "same command again"
+                f"needed, {free / 1e6:.1f} MB free; nothing already saved was lost; free space "
+                "and run the same command again"
             )
 
 
