@@ -1,4 +1,4 @@
-"""Schedules by formula, weight decay by rule, Adafactor layer by layer, clipping without codebooks."""
+"""Schedules by formula, weight decay by rule, Adafactor by layer, clipping without codebooks."""
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,7 @@ def test_schedule_by_formula(name, warmup, decay_steps, steps):
         falls = {"cosine": 0.5 - 0.5 * np.cos(np.pi * share), "linear": share, "constant": 0}
         return 1 - 0.9 * falls[name]
 
-    counts = range(0, 60)
+    counts = range(60)
     np.testing.assert_allclose([schedule(n) for n in counts], [by_hand(n) for n in counts], 1e-5)
     if warmup:
         assert schedule(0) == 0
@@ -67,7 +67,7 @@ def run_updates(optim, count=1, grads=None):
 
 @pytest.mark.parametrize("name", ["adamw", "lion", "adafactor"])
 def test_decay_is_not_scaled_by_the_learning_rate(name):
-    """With zero gradients p <- p * (1 - weight_decay), even in the first update, whose rate is 0."""
+    """Zero gradients: p <- p * (1 - weight_decay), even in the first update, whose rate is 0."""
     optim = Optim(name=name, learning_rate=1e-3, warmup=10, weight_decay=0.1)
     for path, p in jax.tree_util.tree_leaves_with_path(run_updates(optim, 2)):
         expected = 2 * 0.9**2 if name_of(path) in DECAYED else 2.0
@@ -105,13 +105,13 @@ def test_adafactor_treats_each_layer_as_if_alone():
         tx, state = make_optimizer(optim, 100), None
         state = tx.init(params)
         for n in range(3):
-            grads = jax.tree.map(lambda p: p * p * 0.1 * (n + 1), params)
+            grads = jax.tree.map(lambda p, n=n: p * p * 0.1 * (n + 1), params)
             updates, state = jax.jit(tx.update)(grads, state, params)
             params = optax.apply_updates(params, updates)
         return params
 
     together = train({**rest, "layers": layers})
-    alone = [train(jax.tree.map(lambda a: a[i], layers)) for i in range(3)]
+    alone = [train(jax.tree.map(lambda a, i=i: a[i], layers)) for i in range(3)]
     stacked = jax.tree.map(lambda *a: np.stack(a), *alone)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, 1e-5), together["layers"], stacked)
     np.testing.assert_allclose(together["embedding"], train(rest)["embedding"], 1e-6)

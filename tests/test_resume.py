@@ -1,4 +1,4 @@
-"""Interrupted runs: continued bit for bit, refused in one line where something changed, never lost."""
+"""Interrupted runs: continued bit for bit, refused in one line after a change, never lost."""
 
 import dataclasses
 import json
