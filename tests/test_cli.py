@@ -16,6 +16,7 @@ import pytest
 import lintime
 from lintime.train.cli import main
 from lintime.train.errors import UserError
+from lintime.train.launch import program
 
 CONFIG = "transformer_vq/quickstart"
 COMMANDS = ("train", "eval", "sample", "bench", "convert")
@@ -152,19 +153,22 @@ def test_train_leaves_a_complete_run_and_says_what_next(trained):
 
 def test_printed_commands_can_be_pasted_into_a_shell(trained, words):
     directory, out = trained
+    start = program()  # "lintime", or "uv run lintime"
     command = lambda name: shlex.split(
         next(line for line in out.splitlines() if line.startswith(f"  {name} "))[len(name) + 2 :],
         comments=False,
     )
     resume = command("resume")
-    assert resume[: len(words) + 4] == ["lintime", "train", *words, "--run", str(directory)]
+    assert resume[: len(words) + 4 + len(start) - 1] == [
+        *start, "train", *words, "--run", str(directory),
+    ]  # fmt: skip
     longer = command("train longer")
     assert (
         "steps=8" in longer and "steps=4" not in longer and longer[-2:] == ["--run", str(directory)]
     )
     mine = command("your own text")
     assert "sample.prompt=To be" in mine and mine[-3:] == ["data.path=my.txt", "--run", "runs/mine"]
-    assert command("sample")[:4] == ["lintime", "sample", "--run", str(directory)]
+    assert command("sample")[: 3 + len(start)] == [*start, "sample", "--run", str(directory)]
 
 
 def test_same_command_on_a_finished_run_changes_nothing_saved(cli, run, words):

@@ -188,7 +188,7 @@ def _train(arguments: argparse.Namespace) -> None:
         return
     validate(run)
     profile = _profile(arguments.profile)
-    from .launch import join
+    from .launch import join, program
 
     join(arguments.coordinator, arguments.processes, arguments.process_index, arguments.distributed)
     from .finish import finish
@@ -198,7 +198,7 @@ def _train(arguments: argparse.Namespace) -> None:
     if arguments.fresh:
         run_dir = _next_free(run_dir)
     result = train(run, run_dir, profile=profile)
-    words = ["lintime", "train", arguments.config, *arguments.overrides]
+    words = [*program(), "train", arguments.config, *arguments.overrides]
     words += ["--distributed"] if arguments.distributed else []
     # --run last: the printed commands are made by inserting before it
     words += ["--run", str(run_dir)] if arguments.run or arguments.fresh else []

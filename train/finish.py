@@ -15,6 +15,7 @@ from .config_files import read_config, validate
 from .data import gzip_bits_per_byte, open_data, raw_validation_bytes
 from .errors import UserError
 from .evaluate import make_evaluator
+from .launch import program
 from .loop import Result
 from .mesh import check_batch, make_mesh
 from .override import apply_overrides, diff
@@ -62,12 +63,12 @@ def finish(run: Run, result: Result, words: Sequence[str]) -> None:
     print("-" * 72)
     print(f"loss curve  {run_dir}/plots/loss.png\nmetrics     {run_dir}/metrics.jsonl")
     mine = [*_with(_without_run(words), "data.path=my.txt"), "--run", "runs/mine"]
-    here = shlex.quote(str(run_dir))
+    here, lintime = shlex.quote(str(run_dir)), " ".join(program())
     print(
         "\nnext:\n"
         f"  train longer     {shlex.join(_with(words, f'steps={2 * run.steps}'))}\n"
-        f"  sample           lintime sample --run {here} --prompt 'Once upon a time'\n"
-        f"  evaluate         lintime eval --run {here} --split test\n"
+        f"  sample           {lintime} sample --run {here} --prompt 'Once upon a time'\n"
+        f"  evaluate         {lintime} eval --run {here} --split test\n"
         f"  your own text    {shlex.join(mine)}\n"
         f"  resume           {command}   (after an interruption: the same command)"
     )

@@ -23,6 +23,11 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", module="orbax")
 
 
+def program() -> list[str]:
+    """The words that start this program again: under `uv run` it is not on the user's PATH."""
+    return ["uv", "run", "lintime"] if "UV" in os.environ else ["lintime"]
+
+
 def join(
     coordinator: str = "", processes: int = 0, index: int = -1, distributed: bool = False
 ) -> None:

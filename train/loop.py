@@ -17,7 +17,7 @@ from jax.experimental import multihost_utils
 
 from .checkpoint import Checkpoints, restore_inference
 from .config_files import check_continuation, read_config, save_config
-from .data import LMDataset, open_data
+from .data import LMDataset, gzip_bits_per_byte, open_data, raw_validation_bytes
 from .errors import UserError
 from .evaluate import make_evaluator
 from .launch import StopRequest, stop_on_signals
@@ -150,7 +150,12 @@ def train(
         if final or _due(step, run.eval.every):
             last_val = validate(state)
             val_loss = last_val["loss"]
-            tracker.log(step, {f"val_{k}": v for k, v in last_val.items()})
+            line = {f"val_{k}": v for k, v in last_val.items()}
+            if final and primary and task.metric == "bits_per_byte":  # a yardstick for the plot
+                raw = raw_validation_bytes(val_data, run.eval.batches or None)
+                line["gzip_bits_per_byte"] = gzip_bits_per_byte(raw)
+            if step > start:  # a finished run that is called again has this line already
+                tracker.log(step, line)
         if final or _due(step, run.checkpoint.every):
             checkpoints.save(state, meta, val_loss)
         clock.pause()
