@@ -58,6 +58,7 @@ def one(text, tmp_path_factory):
     return run, folder, train_lines(run, folder, devices=jax.devices()[:1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["data", "fsdp", "tensor", "mixed", "sequence"])
 def test_a_mesh_trains_like_one_device(name, one, text, tmp_path):
     run = tiny_run(text, *WIDE, *MESHES[name])
@@ -79,6 +80,7 @@ def moved(text, one, tmp_path_factory):
     return train_lines(run, folder, devices=jax.devices()[:1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first, second", [("data", None), (None, "mixed"), ("fsdp", "tensor")])
 def test_a_checkpoint_moves_to_another_mesh(first, second, moved, text, tmp_path):
     base = (*WIDE, "optim.decay_steps=5")
