@@ -130,7 +130,7 @@ def test_parameters_activations_and_batches_are_cut(text):
     assert {s.data.shape[1:3] for s in q.addressable_shards} == {(2, 1)}  # rows, heads
     text = compiled.as_text()
     assert "all-reduce" in text and "all-gather" in text
-    assert unsharded(shapes.params, mesh) == []
+    assert unsharded(shapes.params, mesh) == ["embedding"]  # 259 rows do not divide
 
 
 def test_activation_constraints():
