@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import shutil
 from collections.abc import Iterator
@@ -263,7 +264,13 @@ def _one_line(path: Path) -> Iterator[None]:
         raise
     except Exception as error:
         text = str(error)
-        if "No space left" in text or "ENOSPC" in text or "Disk quota" in text:
+        code = getattr(error, "errno", None)
+        if (
+            code == errno.ENOSPC
+            or "No space left" in text
+            or "ENOSPC" in text
+            or "Disk quota" in text
+        ):
             raise UserError(
                 f"no space left on device while writing {path}; nothing already saved was lost; "
                 "free space and run the same command again"

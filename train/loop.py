@@ -15,6 +15,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from ..model.partition import unsharded
 from .checkpoint import Checkpoints, restore_inference
 from .config_files import check_continuation, read_config, save_config
 from .data import LMDataset, gzip_bits_per_byte, open_data, raw_validation_bytes
@@ -128,6 +129,11 @@ def train(
         f"{mesh.devices.flat[0].platform} device(s), {train_data.num_bytes / 1e6:.2f} MB of data"
         + (f", continuing at step {start}" if start else "")
     )
+
+    if whole := unsharded(abstract.params, mesh):
+        tracker.message(
+            f"kept whole on every device, fsdp does not divide them: {', '.join(whole)}"
+        )
 
     # ---- updates -----------------------------------------------------------------------------
     validate = make_evaluator(task, val_data, mesh, run.batch_size, run.eval.batches)
