@@ -136,7 +136,8 @@ def write_config(run: Run, folder: pathlib.Path) -> pathlib.Path:
 
 def command(*arguments, devices: int = 1, **kwargs) -> subprocess.Popen:
     """`lintime ...` in a process of its own on the CPU; its output is piped as text."""
-    environment = {k: v for k, v in os.environ.items() if k != "JAX_NUM_PROCESSES"}
+    environment = os.environ.copy()
+    environment.pop("JAX_NUM_PROCESSES", None)
     environment |= {
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} "
