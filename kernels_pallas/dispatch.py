@@ -1,16 +1,34 @@
-"""Which implementation of an op runs where: one table; explicit choices are obeyed or refused."""
+"""Which implementation of an op runs where: one table; explicit choices are obeyed or refused.
+
+Implementations are "reference" (the definition), "xla", and the Pallas kernels "pallas_tpu" and
+"pallas_gpu"; "pallas" names whichever of the two belongs to the device. On a CPU the two run in
+Pallas' interpreter, which is for tests: it is slow and shows what the kernel computes.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from fnmatch import fnmatchcase
+from typing import Any
 
 import jax
 
+from . import compat
+
 # op -> {pattern of "platform:device kind": implementations there, the one for None first}. The
 # first matching pattern counts. "platform" is cpu, gpu or tpu; the device kind is jax's own name.
+_EVERYWHERE = {
+    "cpu:*": ("xla", "reference", "pallas_tpu", "pallas_gpu"),
+    "tpu:*": ("xla", "reference", "pallas_tpu"),
+    "gpu:NVIDIA [HG]*": ("xla", "reference", "pallas_gpu"),  # Hopper, Grace Hopper
+    "*": ("xla", "reference"),
+}
 IMPLEMENTATIONS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "vq_attention": {"*": ("xla", "reference")},
+    "linear_scan": _EVERYWHERE,
+    "causal_conv1d": _EVERYWHERE,
+    "selective_scan": _EVERYWHERE,
+    "ssd": _EVERYWHERE,
 }
 
 
@@ -28,6 +46,14 @@ def current_device() -> str:
         device = jax.devices(device.partition(":")[0])[0]
     platform = {"cuda": "gpu", "rocm": "gpu"}.get(device.platform, device.platform)
     return f"{platform}:{device.device_kind}"
+
+
+def interpret(platform: str) -> Any:
+    """What to pass as `interpret=` to a Pallas kernel made for `platform` ("tpu" or "gpu").
+
+    False on that platform; elsewhere the interpreter (see `compat.interpret_mode`).
+    """
+    return False if current_device().startswith(platform) else compat.interpret_mode(platform)
 
 
 def resolve(
@@ -54,6 +80,8 @@ def resolve(
     device = current_device() if device is None else device
     row = next((names for key, names in table[op].items() if fnmatchcase(device, key)), ())
     here = [name for name in row if name in available]
+    if implementation == "pallas" and f"pallas_{device[:3]}" in here:
+        implementation = f"pallas_{device[:3]}"
     if implementation is None and here:
         return here[0]
     if implementation in here:

@@ -1,0 +1,58 @@
+"""Small things that every op over a time axis does: padding, masking by length, turning around.
+
+Arrays are [B, T, ...]; `lengths` [B] counts the valid tokens of each row, the rest is padding on
+the right that may hold anything, NaN included.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+
+def spread(mask: Array, x: Array) -> Array:
+    """`mask` [B, T] with trailing axes of size 1, so that it broadcasts against x [B, T, ...]."""
+    return mask.reshape(*mask.shape, *(1,) * (x.ndim - mask.ndim))
+
+
+def valid_mask(lengths: Array, t_len: int) -> Array:
+    """[B, T] bool: which tokens are within their row's length."""
+    return jnp.arange(t_len) < lengths[:, None]
+
+
+def fill_invalid(x: Array, lengths: Array | None, value: float = 0) -> Array:
+    """x [B, T, ...] with `value` past each row's length; x itself if `lengths` is None.
+
+    By selection, not multiplication: what stood there (NaN, say) is gone, and gets no gradient.
+    """
+    if lengths is None:
+        return x
+    return jnp.where(spread(valid_mask(lengths, x.shape[1]), x), x, jnp.asarray(value, x.dtype))
+
+
+def pad_time(x: Array, multiple: int, value: float = 0) -> Array:
+    """x [B, T, ...] padded on the right with `value` to a multiple of `multiple` steps."""
+    missing = -x.shape[1] % multiple
+    if not missing:
+        return x
+    widths = [(0, 0), (0, missing)] + [(0, 0)] * (x.ndim - 2)
+    return jnp.pad(x, widths, constant_values=value)
+
+
+def flip_time(tree: Any) -> Any:
+    """Every array [B, T, ...] of a pytree in reverse order of time."""
+    return jax.tree.map(lambda x: jnp.flip(x, axis=1), tree)
+
+
+def resets_from_segments(segment_ids: Array, before: Array | None = None) -> Array:
+    """[B, T] bool: True where the id differs from the one at the step before.
+
+    Args:
+        segment_ids: [B, T] ids of documents.
+        before: [B] id at the step before the first one; None lets the first step continue.
+    """
+    first = segment_ids[:, :1] if before is None else before[:, None]
+    return segment_ids != jnp.concatenate([first, segment_ids[:, :-1]], axis=1)
