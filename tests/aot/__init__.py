@@ -4,16 +4,22 @@
     compiled = compile_for("v5e:2x2", step, state, batch, mesh_shape={"data": 4}, in_shardings=...)
     assert memory_report(compiled)["peak"] < 2**30
 
+and lower for an NVIDIA GPU on a machine without one (neither ptxas nor a run: tracing and layouts
+are checked, no more):
+
+    assert "mosaic_gpu" in lower_for_cuda(f, x)
+
 Trust the memory figures and out-of-memory errors; never `cost_analysis()` of a whole program, which
 counts loop bodies once. The environment libtpu needs is set in tests/conftest.py.
 """
 
+import contextlib
 import importlib.util
 
 import jax
 import pytest
 from jax.experimental import topologies
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from lintime.kernels_pallas.compat import auto_mesh, set_mesh
@@ -110,3 +116,28 @@ def memory_report(compiled) -> dict[str, int]:
         "temporaries": memory.temp_size_in_bytes,
         "alias": memory.alias_size_in_bytes,
     }
+
+
+@contextlib.contextmanager
+def cuda_device(kind: str = "NVIDIA H200"):
+    """While it is open, what is traced is meant for this GPU (`dispatch.current_device`).
+
+    No eager operation may run in here: the device is only described.
+    """
+    device = AbstractDevice(device_kind=kind, num_cores=None, platform="cuda")
+    mesh = AbstractMesh((1,), ("data",), axis_types=(AxisType.Auto,), abstract_device=device)
+    with jax.sharding.use_abstract_mesh(mesh):
+        yield
+
+
+def lower_for_cuda(fn, *args, kind: str = "NVIDIA H200") -> str:
+    """StableHLO text of `fn(*args)` lowered for CUDA; a Pallas kernel shows as "mosaic_gpu".
+
+    Args:
+        fn: a function, not yet jitted.
+        args: pytrees of arrays or `ShapeDtypeStruct`s; only shapes and dtypes are used.
+        kind: device kind, in jax's words.
+    """
+    abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), args)
+    with cuda_device(kind):
+        return jax.jit(fn).trace(*abstract).lower(lowering_platforms=("cuda",)).as_text()
