@@ -1,0 +1,143 @@
+"""Causal convolution: every implementation against the float64 definition, and the single step."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lintime.kernels_pallas.causal_conv1d import causal_conv1d, causal_conv1d_step
+from lintime.kernels_pallas.compat import enable_x64
+from lintime.kernels_pallas.time_axis import spread
+
+from .kernel_base import Spec, kernel_tests
+
+B, C, W = 2, 3, 4
+
+
+def make_inputs(rng, length, dtype, channels=C, width=W):
+    draw = lambda *shape: rng.standard_normal(shape).astype(dtype)
+    return {
+        "x": draw(B, length, channels),
+        "weight": draw(width, channels),
+        "bias": draw(channels),
+        "resets": rng.random((B, length)) < 0.2,
+        "state": np.zeros((B, width - 1, channels), dtype),
+    }
+
+
+def turn(x, lengths):
+    """The valid part of every row in reverse order, the padding where it was."""
+    t = jnp.arange(x.shape[1])
+    n = x.shape[1] if lengths is None else lengths[:, None]
+    index = jnp.broadcast_to(jnp.where(t < n, n - 1 - t, t), x.shape[:2])
+    return jnp.take_along_axis(x, spread(index, x), axis=1)
+
+
+def turned(x, resets, *, lengths=None, **rest):
+    """The reverse op on turned inputs, its output turned back: the forward op again."""
+    x, resets = turn(x, lengths), turn(resets, lengths)
+    y, state = causal_conv1d(x, resets=resets, lengths=lengths, reverse=True, **rest)
+    return turn(y, lengths), state
+
+
+def spec(variants, block=4, **changes):
+    forward = Spec(
+        op=causal_conv1d,
+        make=make_inputs,
+        time_axis={"x": 1, "resets": 1},
+        batch_axis={"x": 0, "resets": 0},
+        grad=("x", "weight", "bias", "state"),
+        variants=variants,
+        block=block,
+        options={"activation": "silu"},
+    )
+    return dataclasses.replace(forward, **changes)
+
+
+XLA = {"xla": {"implementation": "xla"}}
+
+test_forward = kernel_tests(spec(XLA))
+test_reverse = kernel_tests(spec(XLA, op=turned))
+test_linear = kernel_tests(spec(XLA, options={}, skip=("vmap", "remat", "shard_map", "split")))
+
+
+def loop(x, weight, bias, state, resets, lengths, silu, reverse):
+    """The definition as a loop over steps that keeps the last W-1 inputs, in numpy."""
+    y, state = np.zeros_like(x), state.copy()
+    for b in range(len(x)):
+        steps = range(lengths[b])
+        for t in reversed(steps) if reverse else steps:
+            if resets[b, t]:
+                state[b] = 0
+            window = np.concatenate([state[b], x[b, t : t + 1]])
+            v = (window * weight).sum(0) + bias
+            y[b, t] = v / (1 + np.exp(-v)) if silu else v
+            state[b] = window[1:]
+    return y, state
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("implementation", ["reference", "xla"])
+@pytest.mark.parametrize("width, silu", [(1, False), (2, True), (4, True), (7, False)])
+def test_equals_the_definition(width, silu, implementation, reverse):
+    """Any width, resets, padding, state, lengths below the width: a loop agrees to 1e-12."""
+    rng = np.random.default_rng(width)
+    inputs = make_inputs(rng, 9, np.float64, width=width)
+    inputs["state"] = rng.standard_normal(inputs["state"].shape)
+    for lengths in ([9, 2], [0, 7]):
+        lengths = np.asarray(lengths, np.int32)
+        with enable_x64():
+            y, state = jax.jit(
+                lambda i, n: causal_conv1d(
+                    **i, lengths=n, activation="silu" if silu else None, reverse=reverse,
+                    implementation=implementation,
+                )
+            )(inputs, lengths)  # fmt: skip
+            want_y, want_state = loop(**inputs, lengths=lengths, silu=silu, reverse=reverse)
+            np.testing.assert_allclose(y, want_y, atol=1e-12)
+            np.testing.assert_allclose(state, want_state, atol=1e-12)
+
+
+def test_steps_equal_the_whole():
+    """One step at a time from the state of a prefix gives the rest of the sequence."""
+    inputs = make_inputs(np.random.default_rng(0), 9, np.float32)
+    x = inputs.pop("x")
+    del inputs["resets"]
+    want, want_state = causal_conv1d(x, **inputs, activation="silu")
+    y, state = causal_conv1d(x[:, :2], **inputs, activation="silu")
+    weights = {k: inputs[k] for k in ("weight", "bias")}
+    for t in range(2, 9):
+        y, state = causal_conv1d_step(x[:, t], **weights, activation="silu", state=state)
+        np.testing.assert_allclose(y, want[:, t], atol=1e-6)
+    np.testing.assert_array_equal(state, want_state)
+
+
+def test_wide_weights_of_bfloat16_inputs():
+    """float32 taps are used as such: one rounding, at the end."""
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.standard_normal((B, 50, C)), jnp.bfloat16)
+    weight = rng.standard_normal((W, C)).astype(np.float32)
+    y, state = causal_conv1d(x, weight)
+    want, _ = causal_conv1d(x.astype(jnp.float32), weight)
+    assert y.dtype == state.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(y, want.astype(jnp.bfloat16))
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"weight": np.zeros((W, 5), np.float32)}, r"weight has shape \(4, 5\), expected \(4, 3\)"),
+        ({"state": np.zeros((B, W, C), np.float32)}, "state has shape"),
+        ({"bias": np.zeros((W,), np.float32)}, "bias has shape"),
+        ({"resets": np.zeros((5,), bool)}, "resets has shape"),
+        ({"lengths": np.zeros((3,), np.int32)}, "lengths has shape"),
+        ({"activation": "gelu"}, "activation='gelu'"),
+        ({"implementation": "pallas_gpu"}, "'pallas_gpu' does not exist"),
+    ],
+)
+def test_mistakes_are_named(change, message):
+    inputs = make_inputs(np.random.default_rng(0), 5, np.float32)
+    with pytest.raises(ValueError, match=message):
+        causal_conv1d(**{**inputs, **change})
