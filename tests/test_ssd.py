@@ -1,0 +1,238 @@
+"""SSD: every implementation against the float64 recurrence, at any chunk length."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lintime.kernels_pallas.compat import enable_x64
+from lintime.kernels_pallas.ssd import chunk_parts, ssd, ssd_step
+
+from .kernel_base import Spec, assert_close, kernel_tests, to_numpy
+
+B, H, G, P, N = 2, 4, 2, 3, 5
+
+
+def make_inputs(
+    rng, length, dtype, *, heads=H, groups=G, p=P, n=N, skip="H", gate=True, resets=True
+):
+    """dt from 0.05 to 1 after the softplus, decays from slow to fast."""
+    draw = lambda *shape: rng.standard_normal(shape).astype(dtype)
+    inputs = {
+        "x": draw(B, length, heads, p),
+        "dt": draw(B, length, heads),
+        "A": -np.geomspace(0.1, 4, heads).astype(np.float32),
+        "B": draw(B, length, groups, n),
+        "C": draw(B, length, groups, n),
+        "dt_bias": np.linspace(-3, 0, heads).astype(np.float32),
+        "state": np.zeros((B, heads, p, n), np.float32),
+    }
+    if skip:
+        inputs["D"] = rng.standard_normal((heads, p)[: len(skip)]).astype(np.float32)
+    if gate:
+        inputs["z"] = draw(B, length, heads, p)
+    if resets:
+        inputs["resets"] = (rng.integers(0, 6, (B, length)) == 0) & (np.arange(length) > 0)
+    return inputs
+
+
+def spec(block, variants, sizes=None, **options):
+    optional = sizes or {}
+    make = lambda rng, length, dtype: make_inputs(rng, length, dtype, **optional)
+    names = make(np.random.default_rng(0), 1, np.float32)
+    series = [k for k in names if k not in ("A", "D", "dt_bias", "state")]
+    return Spec(
+        op=ssd,
+        make=make,
+        time_axis=dict.fromkeys(series, 1),
+        batch_axis=dict.fromkeys(series, 0),
+        grad=tuple(k for k in names if k != "resets"),
+        variants=variants,
+        block=block,
+        options={"dt_softplus": True, **options},
+        clean_padding=("resets",),
+    )
+
+
+XLA = {"xla": {"implementation": "xla", "chunk": 4}}
+test_kernel = kernel_tests(spec(4, XLA))
+
+
+def value_and_grads(inputs, **options):
+    """(y, state) and the gradients of a fixed random combination of both."""
+    moving = {k: v for k, v in inputs.items() if k != "resets"}
+    rest = {k: v for k, v in inputs.items() if k == "resets"}
+
+    def loss(moving):
+        y, state = ssd(**moving, **rest, **options)
+        return jnp.sum(y * jnp.sin(1.0 + jnp.arange(y.size).reshape(y.shape))) + jnp.sum(
+            state * jnp.cos(jnp.arange(state.size).reshape(state.shape))
+        ), (y, state)
+
+    grads, result = jax.jit(jax.grad(loss, has_aux=True))(moving)
+    return to_numpy((result, grads))
+
+
+def truth(inputs, **options):
+    with enable_x64():
+        widen = lambda v: jnp.asarray(v, jnp.float64 if v.dtype == np.float32 else v.dtype)
+        wide = jax.tree.map(widen, inputs)
+        return value_and_grads(wide, **options, implementation="reference")
+
+
+def some_inputs(length=11, seed=3, **sizes):
+    inputs = make_inputs(np.random.default_rng(seed), length, np.float32, **sizes)
+    inputs["state"] += np.random.default_rng(1).standard_normal(inputs["state"].shape)
+    return inputs
+
+
+def loop(a, reverse=False, lengths=None, dt_limit=(0.0, np.inf)):
+    """The definition as a loop over rows, steps and heads, in float64 numpy."""
+    a = {k: np.asarray(v, np.float64 if v.dtype != bool else bool) for k, v in a.items()}
+    rows, t_len, heads, _ = a["x"].shape
+    y, final = np.zeros_like(a["x"]), a["state"].copy()
+    for b, h in np.ndindex(rows, heads):
+        g = h // (heads // a["B"].shape[2])
+        steps = range(t_len if lengths is None else lengths[b])
+        for t in reversed(steps) if reverse else steps:
+            dt = np.clip(np.log1p(np.exp(a["dt"][b, t, h] + a["dt_bias"][h])), *dt_limit)
+            if a["resets"][b, t]:
+                final[b, h] = 0
+            drive = np.outer(dt * a["x"][b, t, h], a["B"][b, t, g])
+            final[b, h] = np.exp(dt * a["A"][h]) * final[b, h] + drive
+            y[b, t, h] = final[b, h] @ a["C"][b, t, g] + a["D"][h] * a["x"][b, t, h]
+            y[b, t, h] *= a["z"][b, t, h] / (1 + np.exp(-a["z"][b, t, h]))
+    return y, final
+
+
+@pytest.mark.parametrize("implementation", ["reference", "xla"])
+@pytest.mark.parametrize("reverse", [False, True])
+def test_equals_the_definition(implementation, reverse):
+    """Groups, D per channel, gate, clamp, resets, ragged rows, both directions: to 1e-12."""
+    inputs = some_inputs(skip="HP")
+    inputs["resets"][:, ::-1][0, 0] = True  # also where the state would enter
+    options = {"dt_limit": (0.1, 0.6), "lengths": np.array([11, 8], np.int32), "reverse": reverse}
+    want = loop(inputs, **options)
+    with enable_x64():
+        wide = jax.tree.map(lambda v: v.astype(np.float64) if v.dtype == np.float32 else v, inputs)
+        options |= {"dt_softplus": True, "chunk": 4, "implementation": implementation}
+        got = jax.jit(lambda a: ssd(**a, **options))(wide)
+    assert_close(to_numpy(got), want, 1e-12, "")
+
+
+def test_any_chunk():
+    """The chunk changes nothing, from one step (states passed on over two levels) to all."""
+    inputs = some_inputs(length=80)
+    want = truth(inputs, dt_softplus=True)
+    for chunk in (1, 16, 500):
+        got = value_and_grads(inputs, dt_softplus=True, chunk=chunk, implementation="xla")
+        assert_close(got, want, 5e-5, f"chunk={chunk} ")
+
+
+@pytest.mark.parametrize("length, chunk", [(1, 4), (7, 8), (9, 4)])
+def test_nothing_optional(length, chunk):
+    """No D, z, bias, softplus, state, resets; as many groups as heads; odd sizes."""
+    inputs = some_inputs(length, heads=3, groups=3, skip="", gate=False, resets=False)
+    del inputs["dt_bias"], inputs["state"]
+    inputs["dt"] = np.abs(inputs["dt"])
+    got = value_and_grads(inputs, chunk=chunk, implementation="xla")
+    assert_close(got, truth(inputs), 2e-5, "")
+
+
+@pytest.mark.parametrize("wanted", ["y", "state"])
+def test_gradient_of_one_output(wanted):
+    """Only one of the two outputs is used: the other's part of the gradient is left out."""
+    inputs = some_inputs()
+    pick = 0 if wanted == "y" else 1
+
+    def grad(implementation):
+        run = lambda m: ssd(
+            **m, resets=inputs["resets"], dt_softplus=True, chunk=4, implementation=implementation
+        )[pick]
+        moving = {k: v for k, v in inputs.items() if k != "resets"}
+        return to_numpy(jax.jit(jax.grad(lambda m: jnp.sum(jnp.sin(run(m)))))(moving))
+
+    assert_close(grad("xla"), grad("reference"), 5e-5, f"only {wanted}: ")
+
+
+@pytest.mark.parametrize("scale", [1e-4, 1.0, 10.0])
+def test_strong_and_weak_decay_over_long_chunks(scale):
+    """dt from 1e-4 to 10 with A down to -16: decays over 256 steps from almost none to e^-40000."""
+    inputs = some_inputs(length=300, gate=False, resets=False)
+    inputs["A"] *= 4
+    inputs["dt"] = (scale * np.exp(0.3 * inputs["dt"])).astype(np.float32)
+    del inputs["dt_bias"]
+    got = value_and_grads(inputs, chunk=256, implementation="xla")
+    assert_close(got, truth(inputs), 2e-4, f"dt about {scale}: ")
+
+
+def test_steps_continue_a_sequence():
+    """Single steps after a call equal one call over everything, clamp included."""
+    inputs = some_inputs(length=9, resets=False)
+    options = {"dt_softplus": True, "dt_limit": (0.05, 0.5)}
+    run = jax.jit(lambda a: ssd(**a, **options, chunk=4))
+    advance = jax.jit(lambda a: ssd_step(**a, **options))
+    want, last = run(inputs)
+    weights = {k: inputs[k] for k in ("A", "D", "dt_bias")}
+    part = lambda f: {k: f(inputs[k]) for k in ("x", "dt", "B", "C", "z")}
+    head = part(lambda v: v[:, :6])
+    _, state = run({**head, **weights, "state": inputs["state"]})
+    for t in range(6, 9):
+        now = part(lambda v, t=t: v[:, t])
+        y, state = advance({**now, **weights, "state": state})
+        np.testing.assert_allclose(y, want[:, t], atol=2e-5)
+    np.testing.assert_allclose(state, last, atol=2e-5)
+
+
+def test_chunk_parts():
+    """The four parts of the chunked form add up to the outputs and states."""
+    inputs = some_inputs(length=10, gate=False, resets=False)
+    del inputs["D"]
+    y, last = jax.jit(lambda a: ssd(**a, dt_softplus=True))(inputs)
+    parts = jax.jit(lambda a: chunk_parts(**a, dt_softplus=True, chunk=4))(inputs)
+    shapes = {k: v.shape for k, v in parts.items()}
+    assert shapes == {
+        "dt_active": (B, H, 3, 4), "dA_cumsum": (B, H, 3, 4), "CB": (B, 3, G, 4, 4),
+        "chunk_states": (B, 3, H, P, N), "states_in": (B, 3, H, P, N),
+    }  # fmt: skip
+    end = np.exp(parts["dA_cumsum"][..., -1])[:, :, 2, None, None]
+    np.testing.assert_allclose(
+        end * parts["states_in"][:, 2] + parts["chunk_states"][:, 2], last, atol=1e-5
+    )
+    assert not np.any(parts["dt_active"][:, :, 2, 2:])
+    cs, c = parts["dA_cumsum"][:, :, 1], 1
+    heads = lambda v: np.repeat(v, H // G, axis=1)
+    mask = np.tril(np.exp(np.tril(cs[..., :, None] - cs[..., None, :])))
+    scores = heads(parts["CB"][:, c]) * mask * parts["dt_active"][:, :, c, None]
+    got = np.einsum("bhls,bshp->blhp", scores, inputs["x"][:, 4:8])
+    late = np.einsum("bhpn,bhln->blhp", parts["states_in"][:, c], heads(
+        np.moveaxis(inputs["C"][:, 4:8], 2, 1)))  # fmt: skip
+    got += late * np.moveaxis(np.exp(cs), 1, 2)[..., None]
+    np.testing.assert_allclose(got, y[:, 4:8], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"dt": (B, 5, 3)}, r"dt has shape \(2, 5, 3\), expected \(2, 5, 4\) \[B, T, H\]"),
+        ({"D": (4, 2)}, r"D has shape \(4, 2\), expected \(4,\) \[H\] or \(4, 3\) \[H, P\]"),
+        ({"B": (B, 5, 3, N), "C": (B, 5, 3, N)}, "4 heads are not a multiple of 3 groups"),
+        ({"state": (B, H, N, P)}, r"state has shape .*\[B, H, P, N\]"),
+        ({"x": (B, 5, H)}, r"x has shape \(2, 5, 4\), expected \[B, T, H, P\]"),
+        ({"chunk": 0}, "chunk=0 must be at least 1"),
+        ({"implementation": "magic"}, "does not exist on"),
+    ],
+)
+def test_errors(change, message):
+    with pytest.raises(ValueError, match=message):
+        change = {k: np.zeros(v) if isinstance(v, tuple) else v for k, v in change.items()}
+        ssd(**{**some_inputs(length=5), **change})
+
+
+def test_backward_keeps_no_scores():
+    """What the gradient keeps is of the size of the inputs and the chunk states."""
+    inputs = some_inputs(length=64, gate=False, resets=False)
+    run = lambda m: ssd(**m, dt_softplus=True, chunk=32, implementation="xla")
+    kept = jax.eval_shape(lambda m: jax.vjp(run, m)[1], inputs)
+    largest = max(leaf.size for leaf in jax.tree.leaves(kept))
+    assert largest <= max(B * 64 * H * P, B * 2 * H * P * N)
