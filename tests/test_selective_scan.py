@@ -7,10 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 
 from lintime.kernels_pallas import selective_scan as package
-from lintime.kernels_pallas.compat import enable_x64
+from lintime.kernels_pallas.compat import auto_mesh, enable_x64
 from lintime.kernels_pallas.selective_scan import selective_scan, selective_scan_step
+from lintime.kernels_pallas.selective_scan.sharded import selective_scan_sharded
 
 from .kernel_base import Spec, assert_close, kernel_tests
 
@@ -243,3 +245,39 @@ def test_backward_keeps_only_boundary_states():
     _, pullback = jax.eval_shape(lambda moving: jax.vjp(f, moving), inputs)
     largest = max(a.size for a in jax.tree.leaves(pullback))
     assert largest <= ROWS * t_len * width < ROWS * t_len * width * states
+
+
+@pytest.mark.parametrize(
+    "shards, reverse",
+    [
+        (8, False),
+        (2, True),
+        *(pytest.param(*pair, marks=pytest.mark.slow) for pair in ((1, False), (4, True))),
+        *(pytest.param(*pair, marks=pytest.mark.slow) for pair in ((2, False), (8, True))),
+    ],
+)
+def test_sharded(shards, reverse):
+    """Time split over devices: outputs, state and all gradients are those of one device."""
+    inputs = make_inputs(np.random.default_rng(6), 16, np.float32, width=4, states=2)
+    inputs["resets"] = (np.arange(16) % 8 == 5) & (np.arange(ROWS)[:, None] == 0)
+    rng = np.random.default_rng(7)
+    inputs["state"] = rng.standard_normal(inputs["state"].shape).astype(np.float32)
+    cotangent = [rng.standard_normal(inputs[k].shape).astype(np.float32) for k in ("u", "state")]
+    flags = {"delta_softplus": True, "reverse": reverse}
+    mesh = auto_mesh((shards,), ("time",))
+    along = {k: P(None, "time") for k in ("u", "delta", "B", "C", "z", "resets")}
+    specs = {k: along.get(k, P()) for k in inputs}
+    local = lambda a: selective_scan_sharded(**a, axis_name="time", **flags)
+    sharded = jax.shard_map(
+        local, mesh=mesh, in_specs=(specs,), out_specs=(P(None, "time"), P()), check_vma=True
+    )
+
+    def run(f):
+        def loss(moving):
+            result = f({**moving, "resets": inputs["resets"]})
+            return sum(jnp.sum(a * c) for a, c in zip(result, cotangent, strict=True)), result
+
+        moving = {k: v for k, v in inputs.items() if k != "resets"}
+        return jax.tree.map(np.asarray, jax.jit(jax.grad(loss, has_aux=True))(moving))
+
+    assert_close(run(sharded), run(lambda a: selective_scan(**a, **flags)), 1e-5, "sharded ")
