@@ -11,20 +11,21 @@ import pytest
 from tests.golden.__main__ import main
 from tests.golden.compare import Report, error_ratio
 from tests.golden.manifest import Case, ManifestError, Tolerance, load_manifest
-from tests.golden.runner import run_case
+from tests.golden.runner import SYSTEMS, run_case
 
 OWN = pathlib.Path(__file__).parent / "golden" / "own"
-SHARED = pathlib.Path(os.environ.get("LINTIME_GOLDEN") or "/nonexistent") / "transformer_vq"
+SHARED = pathlib.Path(os.environ.get("LINTIME_GOLDEN") or "/nonexistent")
 
 
 def shared_cases():
-    """Names of the shared cases; one stand-in, which skips, where there are none."""
-    return list(load_manifest(SHARED).cases) if SHARED.is_dir() else ["none"]
+    """(system, case) of the shared vectors; one stand-in, which skips, where there are none."""
+    folders = [SHARED / system for system in SYSTEMS if (SHARED / system).is_dir()]
+    return [(f.name, name) for f in folders for name in load_manifest(f).cases] or [("none", "")]
 
 
-@pytest.mark.parametrize("name", shared_cases())
-def test_shared_vectors(golden_dir, name):
-    outcome = run_case(load_manifest(golden_dir / "transformer_vq"), name)
+@pytest.mark.parametrize("system, name", shared_cases())
+def test_shared_vectors(golden_dir, system, name):
+    outcome = run_case(load_manifest(golden_dir / system), name)
     assert outcome.passed, outcome.line
 
 

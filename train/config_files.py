@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__
+from ..model.nets.mamba_lm import make_mixer
 from .errors import UserError
 from .files import write_atomic
 from .override import diff, field_types, leaves, matches, nearest, type_name
@@ -239,6 +240,7 @@ _CHOICES = {
     "net.attention": ("vq", "dense", "flash"),
     "net.reduction": ("serial", "associative", "matmul"),
     "net.scale_on": ("logits", "features"),
+    "net.mixer": ("mamba2", "mamba1"),
 }
 
 # (what is allowed, its test, the fields)
@@ -248,7 +250,7 @@ _RANGES = (
         lambda v: v >= 1,
         "steps batch_size data.sequence_len optim.accumulate checkpoint.keep log.every "
         "sample.length sample.rows net.vocab_size net.d_model net.n_layer net.n_head net.d_k "
-        "net.n_code net.block_len",
+        "net.n_code net.block_len net.d_conv net.expand net.headdim net.ngroups net.chunk",
     ),
     (
         ">= 0",
@@ -256,7 +258,8 @@ _RANGES = (
         "seed data.update_len data.train_vocab data.workers optim.learning_rate optim.warmup "
         "optim.decay_steps optim.weight_decay optim.eps optim.clip checkpoint.every "
         "checkpoint.keep_best eval.every eval.batches sample.temperature sample.top_k net.d_v "
-        "net.mem_len net.commit_weight net.revive_below",
+        "net.mem_len net.commit_weight net.revive_below net.d_state net.dt_rank net.d_ssm "
+        "net.d_intermediate net.norm_epsilon",
     ),
     (
         "in [0, 1)",
@@ -326,11 +329,19 @@ def _check_relations(run: Run) -> None:
             _divides("net.d_model", net.d_model, "net.d_k", net.d_k)
         elif not net.d_v:
             _divides("2 * net.d_model", 2 * net.d_model, "net.n_head", net.n_head)
-        if data.vocab == "bytes" and net.vocab_size < 259:
-            raise UserError(
-                f"net.vocab_size={net.vocab_size} is too small for data.vocab=bytes; "
-                "set net.vocab_size=259 (256 bytes and 3 special ids)"
-            )
+    if isinstance(net, NETS["mamba"]):
+        if net.dt_limit and (len(net.dt_limit) != 2 or net.dt_limit[0] > net.dt_limit[1]):
+            raise UserError(f"net.dt_limit={net.dt_limit}: give (lowest, highest) or ()")
+        if net.mixer == "mamba2":
+            try:
+                make_mixer(net, parent=None).sizes()
+            except ValueError as error:
+                raise UserError(f"net: {error}") from error
+    if data.vocab == "bytes" and net.vocab_size < 259:
+        raise UserError(
+            f"net.vocab_size={net.vocab_size} is too small for data.vocab=bytes; "
+            "set net.vocab_size=259 (256 bytes and 3 special ids)"
+        )
 
 
 def _divides(whole_name: str, whole: int, part_name: str, part: int) -> None:

@@ -36,10 +36,16 @@ def make_schedule(optim: Optim, steps: int) -> optax.Schedule:
     return multiplier
 
 
+# Decay rates, step sizes and skips of state-space layers are never decayed (Mamba, S4D).
+UNDECAYED = frozenset({"A_log", "D", "dt_bias", "log_dt", "log_A_real", "A_imag"})
+
+
 def decays(path, leaf) -> bool:
     """Weight decay covers every parameter with ndim != 1, counted without the stacked layer
-    axis.
+    axis, but for `UNDECAYED`.
     """
+    if path and getattr(path[-1], "key", None) in UNDECAYED:
+        return False
     stacked = bool(path) and getattr(path[0], "key", None) == "layers"
     return leaf.ndim - stacked != 1
 

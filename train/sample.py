@@ -31,7 +31,7 @@ def _settings(sample: Sample) -> dict[str, float]:
 
 def _stream(loaded: LoadedRun, length: int, **options) -> TextStream:
     """Streaming functions; only quadratic attention has to know how many tokens will come."""
-    if loaded.config.net.attention != "vq":
+    if loaded.net.state_grows:
         options["max_new"] = -(-length // CHUNK) * CHUNK
     return loaded.stream(chunk=CHUNK, donate=True, **options)
 

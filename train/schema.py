@@ -11,13 +11,14 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from ..model.nets.mamba_lm import MambaConfig
 from ..model.nets.transformer_vq import TransformerVQConfig
 from ..model.processes.autoregressive import Autoregressive
 
 dataclass = dataclasses.dataclass(frozen=True, kw_only=True)
 
 # Kinds of net and process a Run can hold; `lintime` reads saved configs back through these names.
-NETS = {"transformer_vq": TransformerVQConfig}
+NETS = {"transformer_vq": TransformerVQConfig, "mamba": MambaConfig}
 PROCESSES = {"autoregressive": Autoregressive}
 
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
+from ..model.nets.mamba_lm import MambaConfig, MambaLM
 from ..model.nets.transformer_vq import TransformerVQ, TransformerVQConfig, absorb
 from .schema import Run
 
@@ -42,22 +43,24 @@ class Task(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class LanguageModelTask:
-    """Next-token prediction with a Transformer-VQ net over token streams.
+    """Next-token prediction over token streams, with any net of `NETS`.
 
-    loss = sum(mask * nll) / weight + commit_weight * l_commit, with l_commit the masked squared
-    quantisation error per position, summed over sublayers (arXiv 2309.16354, section 3.4).
+    loss = sum(mask * nll) / weight, for a net with codebooks + commit_weight * l_commit, with
+    l_commit the masked squared quantisation error per position, summed over sublayers (arXiv
+    2309.16354, section 3.4).
     """
 
     run: Run
 
     @property
-    def config(self) -> TransformerVQConfig:
+    def config(self) -> TransformerVQConfig | MambaConfig:
         return self.run.net
 
     @property
-    def net(self) -> TransformerVQ:
+    def net(self) -> TransformerVQ | MambaLM:
         precision = self.run.precision
-        return TransformerVQ(self.run.net, DTYPES[precision.compute], precision.remat)
+        net = NETS[type(self.run.net)]
+        return net(self.run.net, DTYPES[precision.compute], precision.remat)
 
     @property
     def updates_per_sequence(self) -> int:
@@ -83,7 +86,9 @@ class LanguageModelTask:
         }
         variables = {"params": params, "stats": stats}
         inputs, mask = batch["inputs"], batch["mask"]
-        common = dict(mask=mask, segment_ids=batch["segment_ids"], rngs=rngs)
+        common = dict(segment_ids=batch["segment_ids"], rngs=rngs)
+        if stats:  # tokens that count for them
+            common["mask"] = mask
         if carry:
             fresh = self.init_carry(inputs.shape[0])
             start = batch["start"]
@@ -99,19 +104,21 @@ class LanguageModelTask:
         positions = jnp.float32(mask.size)
         by_position = self.run.process.normalise == "positions"
         weight = positions if by_position else jnp.maximum(tokens, 1.0)
-        commit_sum = sum((jnp.sum(c) for c in aux.get("commit", {}).values()), jnp.float32(0))
-        loss_sum = nll_sum + self.config.commit_weight * commit_sum
-        sums = {"nll": nll_sum, "tokens": tokens, "commit": commit_sum, "positions": positions}
+        loss_sum = nll_sum
+        sums = {"nll": nll_sum, "tokens": tokens, "positions": positions}
+        if "commit" in aux:
+            sums["commit"] = sum(jnp.sum(c) for c in aux["commit"].values())
+            loss_sum += self.config.commit_weight * sums["commit"]
         metrics = {"sum": sums, "mean": aux.get("metrics", {})}
         return loss_sum, weight, aux.get("stats_delta", {}), carry, metrics
 
     def absorb(self, stats, delta):
-        return absorb(self.config, stats, delta)
+        return absorb(self.config, stats, delta) if stats else stats
 
     def report(self, sums):
         nats = sums["nll"] / jnp.maximum(sums["tokens"], 1.0)
         out = {self.metric: nats / jnp.log(2.0)}
-        if "commit" in sums and self.config.attention == "vq":
+        if "commit" in sums:
             out["commit"] = sums["commit"] / sums["positions"]
         return out
 
@@ -154,7 +161,8 @@ class LanguageModelTask:
         return {"nll": nll, "tokens": jnp.sum(batch["mask"] != 0).astype(jnp.float32)}
 
 
-TASKS = {TransformerVQConfig: LanguageModelTask}
+NETS = {TransformerVQConfig: TransformerVQ, MambaConfig: MambaLM}
+TASKS = {TransformerVQConfig: LanguageModelTask, MambaConfig: LanguageModelTask}
 
 
 def make_task(run: Run) -> LanguageModelTask:

@@ -240,6 +240,18 @@ class TransformerVQ(nn.Module):
         stack = lambda a: jnp.broadcast_to(a, (self.config.n_layer, *a.shape))
         return {name: jax.tree.map(stack, one) for name in attention_names(self.config)}
 
+    @property
+    def state_grows(self) -> bool:
+        """Whether `init_state` needs max_length: quadratic attention keeps every key."""
+        return self.config.attention != "vq"
+
+    @nn.nowrap
+    def decoding_tables(self, variables, slots: int | None):
+        """`rel_tables` for decoding with a state of `slots` (None for VQ); None for "flash"."""
+        if self.config.attention == "flash":
+            return None
+        return self.apply(variables, slots, method="rel_tables")
+
     def rel_tables(self, length: int | None = None):
         """Position tables of all sublayers, stacked over layers; constants while decoding."""
         names = attention_names(self.config)

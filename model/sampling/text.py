@@ -29,7 +29,7 @@ PREFILL_CHUNK = 256
 
 
 class StreamState(NamedTuple):
-    """State of a batch of streams; with VQ attention its size is the same for any context.
+    """State of a batch of streams; but for dense attention its size is the same for any context.
 
     Attributes:
         net_state: state of the net after all tokens but the pending one (`net.init_state`).
@@ -137,7 +137,7 @@ def init_stream(
     """Read prompts of different lengths and stop before the first draw.
 
     Args:
-        net: TransformerVQ. variables: its {"params", "stats"}.
+        net: a language model (TransformerVQ, MambaLM). variables: its {"params", "stats"}.
         key: PRNG key of the whole batch.
         prompts: [B, P] int32, right-padded; a document begins with EOS, so put one in front.
         lengths: [B] int32 in 1..P valid tokens per row; None means P.
@@ -158,13 +158,11 @@ def init_stream(
 
     chunk = max(1, min(prefill_chunk, width - 1))
     slots = None
-    if net.config.attention != "vq":
+    if net.state_grows:
         if max_new is None:
-            raise ValueError(f"attention={net.config.attention!r} keeps every key: give max_new")
+            raise ValueError("this net's state has a slot for every token: give max_new")
         slots = width + max(max_new, chunk)  # a chunk is written whole, its padding included
-    tables = None  # "flash" has no position bias
-    if net.config.attention in ("vq", "dense"):
-        tables = net.apply(variables, slots, method="rel_tables")
+    tables = net.decoding_tables(variables, slots)
     state = net.init_state(batch, max_length=slots)
 
     if width > 1:  # everything but the last token of each row
@@ -254,7 +252,7 @@ def make_sampler(
     """A jitted function that reads prompts and draws `length` tokens per row, in one call.
 
     Args:
-        net: TransformerVQ; its dtype decides in which precision the weights are read.
+        net: as in `init_stream`; its dtype decides in which precision the weights are read.
         length: tokens to draw.
         stop_ids: a row ends with the first of these that it draws (EOS, a newline, ..).
         never, vocab_size: as in `next_tokens`.
@@ -318,7 +316,7 @@ def make_stream(
         tokens, state = stream.next(variables, state, temperature=0.8)      # again and again
 
     Args:
-        net: TransformerVQ.
+        net: as in `init_stream`.
         chunk: tokens drawn per call of `next` (one trip to the host each).
         max_new: as in `init_stream`.
         never, vocab_size, prefill_chunk: as in `make_sampler`.

@@ -16,7 +16,7 @@ from .compare import Check, Report
 from .manifest import Case, Manifest, ManifestError
 
 # Module with FAMILIES = {family: adapter(report)} of each system.
-SYSTEMS = {"transformer_vq": "tests.golden.transformer_vq"}
+SYSTEMS = {"transformer_vq": "tests.golden.transformer_vq", "ssm": "tests.golden.ssm"}
 
 Adapter = Callable[[Report], None]
 

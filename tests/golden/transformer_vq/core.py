@@ -24,7 +24,8 @@ from lintime.model.layers.norms import RMSNorm
 from lintime.model.sampling.filters import nucleus_filter
 
 from ..compare import EXACT, Report
-from .common import check_metrics, check_state, codebook_gradient, quick_jit
+from ..quick import quick_jit
+from .common import check_metrics, check_state, codebook_gradient
 
 
 def units(report: Report) -> None:

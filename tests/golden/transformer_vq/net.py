@@ -22,14 +22,8 @@ from lintime.train.schema import Data, Precision, Run
 from lintime.train.tasks import LanguageModelTask, make_task
 
 from ..compare import EXACT, Report
-from .common import (
-    check_metrics,
-    check_state,
-    codebook_gradient,
-    dtype_of,
-    is_codebook,
-    quick_jit,
-)
+from ..quick import quick_jit
+from .common import check_metrics, check_state, codebook_gradient, dtype_of, is_codebook
 
 # Suffix of an intermediate of a sublayer -> name under which the net sows it.
 INTERMEDIATES = {"z": "codes", "q": "q", "k": "k", "v": "v", "g": "gate"}

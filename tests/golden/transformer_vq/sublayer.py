@@ -25,14 +25,8 @@ from lintime.model.layers.codebook import update_codebook
 from lintime.model.nets.transformer_vq import TransformerVQConfig, make_mixer
 
 from ..compare import EXACT, Report
-from .common import (
-    check_metrics,
-    check_state,
-    codebook_gradient,
-    dtype_of,
-    is_codebook,
-    quick_jit,
-)
+from ..quick import quick_jit
+from .common import check_metrics, check_state, codebook_gradient, dtype_of, is_codebook
 
 # Scaled inside the sublayer, where no public function shows them; all outputs depend on them.
 NOT_SHOWN = ("xl_u", "xl_v")

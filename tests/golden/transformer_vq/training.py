@@ -19,7 +19,8 @@ from lintime.train.state import TrainState
 from lintime.train.step import make_train_step
 
 from ..compare import Report
-from .common import check_metrics, is_codebook, quick_jit
+from ..quick import quick_jit
+from .common import check_metrics, is_codebook
 from .net import cut_batch, language_task, read_batch
 
 DEFECT = "inv_sqrt: reference defect, not reproduced"
