@@ -4,9 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec
 
-from lintime.kernels_pallas.compat import enable_x64
+from lintime.kernels_pallas.compat import auto_mesh, enable_x64
 from lintime.kernels_pallas.ssd import chunk_parts, ssd, ssd_step
+from lintime.kernels_pallas.ssd.sharded import ssd_sharded
 
 from .kernel_base import Spec, assert_close, kernel_tests, to_numpy
 
@@ -236,3 +238,39 @@ def test_backward_keeps_no_scores():
     kept = jax.eval_shape(lambda m: jax.vjp(run, m)[1], inputs)
     largest = max(leaf.size for leaf in jax.tree.leaves(kept))
     assert largest <= max(B * 64 * H * P, B * 2 * H * P * N)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("shards", [1, 2, 8])
+def test_sharded_over_time(shards, reverse):
+    """Time over 1, 2, 8 devices (rows over the others) equals one device, gradients included."""
+    mesh = auto_mesh((2 if shards < 8 else 1, shards), ("data", "time"))
+    inputs = some_inputs(length=16)
+    inputs["resets"][1] = np.arange(16) == 9  # one row with shards that let the state through
+    if reverse and shards == 2:
+        del inputs["state"]
+    options = {"dt_softplus": True, "chunk": 3, "reverse": reverse}
+    place = {k: PartitionSpec("data", "time") for k in ("x", "dt", "B", "C", "z", "resets")}
+    specs = {k: place.get(k, PartitionSpec("data" if k == "state" else None)) for k in inputs}
+
+    def run(inputs):
+        local = lambda a: ssd_sharded(**a, axis_name="time", **options)
+        outputs = (PartitionSpec("data", "time"), PartitionSpec("data"))
+        return jax.shard_map(
+            local, mesh=mesh, in_specs=(specs,), out_specs=outputs, check_vma=True
+        )(inputs)
+
+    def value_and_grads(f):
+        resets = inputs["resets"]
+
+        def loss(moving):
+            y, state = f({**moving, "resets": resets})
+            return jnp.sum(y * jnp.cos(jnp.arange(y.size)).reshape(y.shape)) + jnp.sum(
+                state * jnp.sin(jnp.arange(state.size)).reshape(state.shape)
+            ), (y, state)
+
+        moving = {k: v for k, v in inputs.items() if k != "resets"}
+        return to_numpy(jax.jit(jax.grad(loss, has_aux=True))(moving))
+
+    want = value_and_grads(lambda a: ssd(**a, **options))
+    assert_close(value_and_grads(run), want, 2e-5, f"{shards} shards: ")
