@@ -6,12 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 
 from lintime.kernels_pallas.causal_conv1d import causal_conv1d, causal_conv1d_step
-from lintime.kernels_pallas.compat import enable_x64
+from lintime.kernels_pallas.causal_conv1d.sharded import causal_conv1d_sharded
+from lintime.kernels_pallas.compat import auto_mesh, enable_x64
 from lintime.kernels_pallas.time_axis import spread
 
-from .kernel_base import Spec, kernel_tests
+from .kernel_base import Spec, assert_close, kernel_tests, to_numpy
 
 B, C, W = 2, 3, 4
 
@@ -123,6 +125,43 @@ def test_wide_weights_of_bfloat16_inputs():
     want, _ = causal_conv1d(x.astype(jnp.float32), weight)
     assert y.dtype == state.dtype == jnp.bfloat16
     np.testing.assert_array_equal(y, want.astype(jnp.bfloat16))
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("shards, width", [(1, 4), (2, 4), (4, 4), (8, 2), (2, 1)])
+def test_sharded_time_equals_one_device(shards, width, reverse):
+    """Values and the gradients of everything, with resets and a state; T/n = W-1 the least."""
+    inputs = make_inputs(np.random.default_rng(0), 12 if shards == 4 else 8, np.float32, C, width)
+    resets = inputs.pop("resets")
+    inputs["state"] = np.cos(np.arange(inputs["state"].size).reshape(inputs["state"].shape) + 1)
+    inputs["state"] = inputs["state"].astype(np.float32)
+    options = {"activation": "silu", "reverse": reverse}
+    single = lambda i: causal_conv1d(**i, resets=resets, **options)
+    cut = P(None, "time")
+
+    def spread_out(i):
+        local = lambda i, r: causal_conv1d_sharded(**i, resets=r, axis_name="time", **options)
+        mesh = auto_mesh((shards,), ("time",))
+        places = {"x": cut, "weight": P(), "bias": P(), "state": P()}
+        specs = {"in_specs": (places, cut), "out_specs": (cut, P())}
+        return jax.shard_map(local, mesh=mesh, check_vma=True, **specs)(i, resets)
+
+    def loss(op, i):
+        y, state = op(i)
+        total = jnp.sum(y * np.sin(inputs["x"])) + jnp.sum(state * inputs["state"])
+        return total, (y, state)
+
+    run = lambda op: to_numpy(jax.jit(jax.grad(lambda i: loss(op, i), has_aux=True))(inputs))
+    assert_close(run(spread_out), run(single), 1e-5, f"{shards} shards ")
+
+
+def test_shards_shorter_than_the_halo_are_refused():
+    inputs = make_inputs(np.random.default_rng(0), 8, np.float32)
+    local = lambda x: causal_conv1d_sharded(x, inputs["weight"], axis_name="time")[0]
+    mesh = auto_mesh((4,), ("time",))
+    f = jax.shard_map(local, mesh=mesh, in_specs=P(None, "time"), out_specs=P(None, "time"))
+    with pytest.raises(ValueError, match="2 steps on each shard of 'time' are fewer than the 3"):
+        f(inputs["x"])
 
 
 @pytest.mark.parametrize(

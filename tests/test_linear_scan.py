@@ -6,12 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 
-from lintime.kernels_pallas.compat import enable_x64
+from lintime.kernels_pallas.compat import auto_mesh, enable_x64
 from lintime.kernels_pallas.linear_scan import linear_scan
+from lintime.kernels_pallas.linear_scan.sharded import linear_scan_sharded
 from lintime.kernels_pallas.time_axis import spread
 
-from .kernel_base import Spec, kernel_tests
+from .kernel_base import Spec, assert_close, kernel_tests, to_numpy
 
 B, D = 2, 3
 
@@ -141,6 +143,57 @@ def test_long_scans_neither_overflow_nor_drift():
     wide = np.asarray(a, np.float64)
     np.testing.assert_allclose(last[0], (1 - wide**65536) / (1 - wide), rtol=1e-4)
     assert np.isfinite(h).all()
+
+
+def weighted(op, weights):
+    """The sum of all that `op` returns, weighted: its gradient is that of every output."""
+
+    def loss(*operands):
+        result = op(*operands)
+        pairs = zip(jax.tree.leaves(result), jax.tree.leaves(weights), strict=True)
+        return sum(jnp.sum(r * w) for r, w in pairs), result
+
+    return loss
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("shards, paired", [(1, False), (2, True), (4, False), (8, False)])
+def test_sharded_time_equals_one_device(shards, paired, reverse):
+    """Values and the gradients of everything, with resets and a state, a shard of one row too."""
+    one, other = (make_inputs(np.random.default_rng(i), 8, np.float32) for i in range(2))
+    resets = one["resets"]
+    pick = lambda name: (one[name], other[name]) if paired else one[name]
+    a, x = jax.tree.map(lambda z: z * 0.7, pick("a")), pick("x")
+    state = jax.tree.map(lambda z: z[:, 0], x)
+    weights = (jax.tree.map(np.cos, x), state)
+    options = {"reverse": reverse}
+    single = lambda a, x, s: linear_scan(a, x, state=s, resets=resets, **options)
+    cut = P(None, "time")
+
+    def spread_out(a, x, s):
+        local = lambda a, x, r, s: linear_scan_sharded(
+            a, x, state=s, resets=r, axis_name="time", **options
+        )
+        mesh = auto_mesh((shards,), ("time",))
+        specs = {"in_specs": (cut, cut, cut, P()), "out_specs": (cut, P())}
+        return jax.shard_map(local, mesh=mesh, check_vma=True, **specs)(a, x, resets, s)
+
+    run = lambda op: to_numpy(
+        jax.jit(jax.grad(weighted(op, weights), argnums=(0, 1, 2), has_aux=True))(a, x, state)
+    )
+    assert_close(run(spread_out), run(single), 1e-5, f"{shards} shards ")
+
+
+def test_sharded_time_beside_sharded_rows():
+    """Rows over one axis, time over another, no state: what begins inside varies as it must."""
+    inputs = make_inputs(np.random.default_rng(0), 8, np.float32)
+    mesh = auto_mesh((2, 4), ("data", "time"))
+    specs = {"in_specs": P("data", "time"), "out_specs": (P("data", "time"), P("data"))}
+    local = lambda a, x: linear_scan_sharded(a, x, axis_name="time")
+    f = jax.shard_map(local, mesh=mesh, check_vma=True, **specs)
+    got = jax.jit(f)(inputs["a"], inputs["x"])
+    want = linear_scan(inputs["a"], inputs["x"])
+    assert_close(to_numpy(got), to_numpy(want), 1e-5, "")
 
 
 @pytest.mark.parametrize(

@@ -82,7 +82,7 @@ def causal_conv1d(
         if lengths is not None:
             x, state = _state_after_last(x, state, lengths)
         x, resets = flip_time((x, resets))
-    last = _last_inputs(x, state, resets, None if reverse else lengths)
+    last = _last(x, state, resets, None if reverse else lengths)
     operands = vary((x, weight, bias, state), (x, weight, bias, state, resets))
     y = IMPLEMENTATIONS[name](*operands, resets, activation == "silu")
     return fill_invalid(flip_time(y) if reverse else y, lengths), last
@@ -114,7 +114,16 @@ def _state_after_last(x: Array, state: Array, lengths: Array) -> tuple[Array, Ar
     return whole[:, : x.shape[1]], jnp.flip(whole[:, x.shape[1] :], axis=1)
 
 
-def _last_inputs(x: Array, state: Array, resets: Array | None, lengths: Array | None) -> Array:
+def last_inputs(
+    x: Array, state: Array, resets: Array | None = None, *, reverse: bool = False
+) -> Array:
+    """The state that `causal_conv1d` returns, alone: x [B, T, C], state [B, W-1, C] before it."""
+    if reverse:
+        x, resets = flip_time((x, resets))
+    return _last(x, state, resets, None)
+
+
+def _last(x: Array, state: Array, resets: Array | None, lengths: Array | None) -> Array:
     """The last W-1 raw inputs, state included, before each row's length; 0 before a reset."""
     t_len, before = x.shape[1], state.shape[1]
     take = lambda whole: whole[:, t_len:]

@@ -37,13 +37,15 @@ def _last(h: Parts, reverse: bool) -> Parts:
     return tuple(part[:, 0] if reverse else part[:, -1] for part in h)
 
 
-def _forward(a, x, state, reverse):
+def scan_forward(a, x, state, reverse):
+    """Forward pass, as `pairs.with_gradient` takes it."""
     acc = state[0].dtype
     h = _scan(cast(a, acc), cast(x, acc), state, reverse)
     return cast(h, x[0].dtype), _last(h, reverse)
 
 
-def _backward(a, h, state, ct, ct_last, reverse):
+def scan_backward(a, h, state, ct, ct_last, reverse):
+    """Backward pass, as `pairs.with_gradient` takes it."""
     acc = state[0].dtype
     wide = conj(cast(a, acc))
     zero = jax.tree.map(jnp.zeros_like, state)
@@ -56,7 +58,7 @@ def _backward(a, h, state, ct, ct_last, reverse):
     return cast(mul(g, conj(before)), a[0].dtype), cast(g, h[0].dtype), dstate
 
 
-_differentiable = with_gradient(_forward, _backward)
+_differentiable = with_gradient(scan_forward, scan_backward)
 
 
 def linear_scan_xla(a: Parts, x: Parts, state: Parts, reverse: bool) -> tuple[Parts, Parts]:
