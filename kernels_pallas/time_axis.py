@@ -47,12 +47,24 @@ def flip_time(tree: Any) -> Any:
     return jax.tree.map(lambda x: jnp.flip(x, axis=1), tree)
 
 
-def resets_from_segments(segment_ids: Array, before: Array | None = None) -> Array:
+def resets_from_segments(
+    segment_ids: Array, before: Array | None = None, *, reverse: bool = False
+) -> Array:
     """[B, T] bool: True where the id differs from the one at the step before.
 
     Args:
         segment_ids: [B, T] ids of documents.
         before: [B] id at the step before the first one; None lets the first step continue.
+        reverse: time runs from the right, so the step before is the one on the right.
     """
+    if reverse:
+        return flip_time(resets_from_segments(flip_time(segment_ids), before))
     first = segment_ids[:, :1] if before is None else before[:, None]
     return segment_ids != jnp.concatenate([first, segment_ids[:, :-1]], axis=1)
+
+
+def last_segment(segment_ids: Array, before: Array, lengths: Array | None = None) -> Array:
+    """[B] id of each row's last valid token; `before` [B] where there is none, and its dtype."""
+    count = jnp.full_like(before, segment_ids.shape[1]) if lengths is None else lengths
+    newest = jnp.take_along_axis(segment_ids, jnp.maximum(count - 1, 0)[:, None], axis=1)[:, 0]
+    return jnp.where(count > 0, newest.astype(before.dtype), before)

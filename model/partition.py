@@ -32,7 +32,13 @@ TENSOR_RULES: tuple[tuple[str, int], ...] = (
     (r"res_proj/kernel$", -2),
     (r"mlp/up/kernel$", -1),
     (r"mlp/down/kernel$", -2),
-    (r"(embedding|out_proj/kernel)$", -1),
+    (r"mixer/(in_proj|dt_proj)/kernel$", -1),
+    (r"mixer/(x_proj|out_proj)/kernel$", -2),
+    (r"mixer/(conv1d/(kernel|bias)|dt_bias|D)$", -1),
+    (r"mixer/norm/g$", -1),
+    (r"mlp/fc1/kernel$", -1),
+    (r"mlp/fc2/kernel$", -2),
+    (r"(embedding|lm_head|out_proj/kernel)$", -1),
 )
 
 

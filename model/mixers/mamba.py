@@ -16,7 +16,7 @@ from jax import Array
 from ...kernels_pallas.causal_conv1d import causal_conv1d
 from ...kernels_pallas.selective_scan import selective_scan
 from ...kernels_pallas.ssd import ssd
-from ...kernels_pallas.time_axis import resets_from_segments
+from ...kernels_pallas.time_axis import last_segment, resets_from_segments
 from ..layers.mlp import uniform_fan_in
 from ..layers.norms import GatedRMSNorm
 from ..partition import constrain
@@ -67,13 +67,12 @@ class CausalConv(nn.Module):
     use_bias: bool = True
 
     @nn.compact
-    def __call__(self, x, *, state=None, resets=None, lengths=None):
+    def __call__(self, x, **options):
+        """y [B, T, C] and the new state; `options` as for `causal_conv1d`."""
         limit = self.width**-0.5
         kernel = self.param("kernel", uniform(limit), (self.width, x.shape[-1]))
         bias = self.param("bias", uniform(limit), (x.shape[-1],)) if self.use_bias else None
-        return causal_conv1d(
-            x, kernel, bias, activation="silu", state=state, resets=resets, lengths=lengths
-        )
+        return causal_conv1d(x, kernel, bias, activation="silu", **options)
 
 
 class _Recurrent(nn.Module):
@@ -105,7 +104,9 @@ class _Recurrent(nn.Module):
                 f"{type(self).__name__} mixes along time: no context or explicit positions"
             )
         lengths = None if mask is None else jnp.sum(mask != 0, axis=1, dtype=jnp.int32)
-        resets = None if segment_ids is None else resets_from_segments(segment_ids)
+        resets = None
+        if segment_ids is not None:
+            resets = resets_from_segments(segment_ids, reverse=self.reverse)
         return self._mix(x, None, lengths, resets)[0], {}
 
     def extend(
@@ -122,15 +123,14 @@ class _Recurrent(nn.Module):
         `lengths` [B] counts the valid tokens of each row (`mask` [B, T] says the same). Rows whose
         `segment_ids` differ from the state's start afresh.
         """
+        if self.reverse:
+            raise ValueError("a mixer with reverse=True reads whole sequences, not step by step")
         if lengths is None and mask is not None:
             lengths = jnp.sum(mask != 0, axis=1, dtype=jnp.int32)
         resets, segment = None, state.segment
         if segment_ids is not None:
             resets = resets_from_segments(segment_ids, state.segment)
-            count = jnp.full_like(segment, x.shape[1]) if lengths is None else lengths
-            last = jnp.maximum(count - 1, 0)[:, None]
-            newest = jnp.take_along_axis(segment_ids, last, axis=1)[:, 0]
-            segment = jnp.where(count > 0, newest.astype(segment.dtype), segment)
+            segment = last_segment(segment_ids, state.segment, lengths)
         y, conv, ssm = self._mix(x, state, lengths, resets)
         return y, MambaState(conv, ssm, segment), {}
 
@@ -171,6 +171,7 @@ class Mamba1(_Recurrent):
         out_scale: factor on the initial W_out (residual branches are scaled by 1/sqrt(layers)).
         dtype: of the matmuls; decays, dt and states are float32.
         implementation: of the scan; None chooses.
+        reverse: run from the last token to the first (for `Bidirectional`).
     """
 
     features: int
@@ -183,6 +184,7 @@ class Mamba1(_Recurrent):
     out_scale: float = 1.0
     dtype: jnp.dtype = jnp.float32
     implementation: str | None = None
+    reverse: bool = False
 
     def setup(self):
         inner, n = self.expand * self.features, self.d_state
@@ -206,13 +208,14 @@ class Mamba1(_Recurrent):
         u = constrain(u, "batch", "seq", None)
         x, z = jnp.split(constrain(self.in_proj(u), "batch", "seq", "features"), 2, axis=-1)
         x, conv = self.conv1d(
-            x, state=None if state is None else state.conv, resets=resets, lengths=lengths
-        )
+            x, state=None if state is None else state.conv, resets=resets, lengths=lengths,
+            reverse=self.reverse,
+        )  # fmt: skip
         dt, b, c = jnp.split(self.x_proj(x), [self.rank, self.rank + self.d_state], axis=-1)
         y, ssm = selective_scan(
             x, self.dt_proj(dt), -jnp.exp(self.A_log), b, c, self.D, z, delta_bias=self.dt_bias,
             delta_softplus=True, state=None if state is None else state.ssm, resets=resets,
-            lengths=lengths, implementation=self.implementation,
+            lengths=lengths, reverse=self.reverse, implementation=self.implementation,
         )  # fmt: skip
         y = constrain(y, "batch", "seq", "features")
         return constrain(self.out_proj(y), "batch", "seq", None), conv, ssm
@@ -236,7 +239,7 @@ class Mamba2(_Recurrent):
         A_range: A = -U(A_range) at the start. dt_range, dt_floor: see `inverse_softplus_uniform`.
         dt_limit: bounds of dt after the softplus; None means (0, inf).
         chunk: chunk length of the scan; changes nothing but speed.
-        implementation: of the scan; None chooses.
+        implementation, reverse: as in `Mamba1`.
     """
 
     features: int
@@ -259,6 +262,7 @@ class Mamba2(_Recurrent):
     out_scale: float = 1.0
     dtype: jnp.dtype = jnp.float32
     implementation: str | None = None
+    reverse: bool = False
 
     @nn.nowrap
     def sizes(self) -> tuple[int, int, int]:
@@ -311,8 +315,9 @@ class Mamba2(_Recurrent):
         projected = constrain(self.in_proj(u), "batch", "seq", "features")
         z0, x0, z, xbc, dt = jnp.split(projected, ends, axis=-1)
         xbc, conv = self.conv1d(
-            xbc, state=None if state is None else state.conv, resets=resets, lengths=lengths
-        )
+            xbc, state=None if state is None else state.conv, resets=resets, lengths=lengths,
+            reverse=self.reverse,
+        )  # fmt: skip
         x, b, c = jnp.split(xbc, [d_ssm, d_ssm + self.ngroups * self.d_state], axis=-1)
         to_heads = lambda a: a.reshape(batch, t_len, heads, self.headdim)
         to_groups = lambda a: a.reshape(batch, t_len, self.ngroups, self.d_state)
@@ -322,7 +327,7 @@ class Mamba2(_Recurrent):
             None if self.rmsnorm else to_heads(z), dt_bias=self.dt_bias, dt_softplus=True,
             dt_limit=self.dt_limit or (0.0, math.inf), chunk=self.chunk,
             state=None if state is None else state.ssm, resets=resets, lengths=lengths,
-            implementation=self.implementation,
+            reverse=self.reverse, implementation=self.implementation,
         )  # fmt: skip
         y = constrain(y.reshape(batch, t_len, d_ssm), "batch", "seq", "features")
         if self.rmsnorm:
