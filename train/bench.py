@@ -35,8 +35,14 @@ VARIANTS = {
     "vq-matmul": {"attention": "vq", "reduction": "matmul"},
     "dense": {"attention": "dense"},
 }
+SUITES = ("training", "ssm")
 ALIASES = {"flash": "dense-flash", "vq-scan": "vq-associative"}
 DEFAULT_VARIANTS = ("dense-flash", "vq-serial", "vq-associative", "vq-matmul")
+SSM_ONLY = ("ops",)
+TRAINING_ONLY = (
+    "lengths", "head", "tokens", "warmup", "remat", "overrides", "devices", "op", "original",
+    "isolate",
+)  # fmt: skip
 TAKEN = {
     "net.attention": "--variants", "net.reduction": "--variants", "net.head_type": "--head",
     "data.sequence_len": "--lengths", "data.update_len": "--lengths", "batch_size": "--tokens",
@@ -47,6 +53,14 @@ TAKEN = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `lintime bench` to its (sub)parser."""
     add = parser.add_argument
+    add(
+        "suite",
+        nargs="?",
+        default="training",
+        choices=SUITES,
+        help="training steps (default), or ssm: state-space cores (--ops, --steps, --variants)",
+    )
+    add("--ops", nargs="+", metavar="OP", default=[], help="ssm: which ops (default all)")
     add("--lengths", nargs="+", metavar="T", default=[],
         help="sequence lengths (accelerator: 2048 8192 32768; CPU: 64 256)")  # fmt: skip
     add("--variants", nargs="+", metavar="V", default=[],
@@ -72,7 +86,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def bench(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Run the benchmark that the arguments describe; prints and writes the report, and returns it.
+    """Run the suite that the arguments name.
+
+    Raises:
+        UserError: see `bench_training` and `bench_ssm.bench`; or an option of another suite.
+    """
+    other = SSM_ONLY if arguments.suite == "training" else TRAINING_ONLY
+    parser = argparse.ArgumentParser(add_help=False)
+    add_arguments(parser)
+    for action in parser._actions:
+        if action.dest in other and getattr(arguments, action.dest) != action.default:
+            raise UserError(f"{action.option_strings[0]} does not apply to bench {arguments.suite}")
+    if arguments.suite == "training":
+        return bench_training(arguments)
+    from . import bench_ssm
+
+    return bench_ssm.bench(arguments)
+
+
+def bench_training(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Measure whole training steps; prints and writes the report, and returns it.
 
     Tables and JSON are written after every measurement, so an interrupted benchmark leaves them.
 
@@ -184,6 +217,9 @@ def command_line(arguments: argparse.Namespace) -> str:
     for action in parser._actions:
         value = getattr(arguments, action.dest)
         if value == action.default or action.dest == "out":
+            continue
+        if not action.option_strings:
+            words.append(value)
             continue
         if isinstance(value, bool):
             words.append(action.option_strings[0 if value else -1])
