@@ -7,7 +7,7 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from lintime.kernels_pallas.compat import auto_mesh, enable_x64
-from lintime.kernels_pallas.ssd import chunk_parts, ssd, ssd_step
+from lintime.kernels_pallas.ssd import chunk_parts, pallas_tpu, ssd, ssd_step
 from lintime.kernels_pallas.ssd.sharded import ssd_sharded
 
 from .kernel_base import Spec, assert_close, kernel_tests, to_numpy
@@ -38,7 +38,7 @@ def make_inputs(
     return inputs
 
 
-def spec(block, variants, sizes=None, **options):
+def spec(block, variants, sizes=None, skip=(), **options):
     optional = sizes or {}
     make = lambda rng, length, dtype: make_inputs(rng, length, dtype, **optional)
     names = make(np.random.default_rng(0), 1, np.float32)
@@ -53,11 +53,19 @@ def spec(block, variants, sizes=None, **options):
         block=block,
         options={"dt_softplus": True, **options},
         clean_padding=("resets",),
+        skip=skip,
     )
 
 
 XLA = {"xla": {"implementation": "xla", "chunk": 4}}
+TPU = {"pallas_tpu": {"implementation": "pallas_tpu", "chunk": 8}}
 test_kernel = kernel_tests(spec(4, XLA))
+# The interpreter's callbacks cannot be traced under jax.checkpoint; its repeats are slow.
+test_kernel_tpu = pytest.mark.slow(
+    kernel_tests(
+        spec(8, TPU, {"heads": 2, "groups": 1}, skip=("remat", "reference-T7", "reference-T8"))
+    )
+)
 
 
 def value_and_grads(inputs, **options):
@@ -274,3 +282,19 @@ def test_sharded_over_time(shards, reverse):
 
     want = value_and_grads(lambda a: ssd(**a, **options))
     assert_close(value_and_grads(run), want, 2e-5, f"{shards} shards: ")
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"heads": 8, "groups": 2, "p": 64, "n": 128},  # 4 blocks of 2 heads, 2 to a group
+        {"heads": 4, "groups": 4, "p": 64, "n": 64, "resets": False},  # 2 groups in a block
+        {"heads": 3, "groups": 3, "skip": "", "gate": False},  # no tile fits: all heads
+    ],
+)
+def test_tpu_blocks_of_heads(sizes, monkeypatch):
+    """Heads in several blocks, groups shared by blocks or several to a block; 3 chunks."""
+    monkeypatch.setattr(pallas_tpu, "HEADS", 2)
+    inputs = some_inputs(length=17, **sizes)
+    got = value_and_grads(inputs, dt_softplus=True, chunk=8, implementation="pallas_tpu")
+    assert_close(got, truth(inputs, dt_softplus=True), 5e-5, "")

@@ -20,10 +20,11 @@ from .. import dispatch
 from ..compat import vary
 from ..time_axis import fill_invalid, flip_time
 from . import prepare
+from .pallas_tpu import ssd_pallas_tpu
 from .reference import ssd_reference, step
 from .xla import chunk_intermediates, ssd_xla
 
-IMPLEMENTATIONS = {"reference": ssd_reference, "xla": ssd_xla}
+IMPLEMENTATIONS = {"reference": ssd_reference, "xla": ssd_xla, "pallas_tpu": ssd_pallas_tpu}
 
 
 def _check(x, dt, A, B, C, D, z, dt_bias, state, resets, lengths, time: str):
