@@ -11,7 +11,11 @@ from jax.sharding import PartitionSpec as P
 
 from lintime.kernels_pallas import selective_scan as package
 from lintime.kernels_pallas.compat import auto_mesh, enable_x64
-from lintime.kernels_pallas.selective_scan import selective_scan, selective_scan_step
+from lintime.kernels_pallas.selective_scan import (
+    pallas_tpu,
+    selective_scan,
+    selective_scan_step,
+)
 from lintime.kernels_pallas.selective_scan.sharded import selective_scan_sharded
 
 from .kernel_base import Spec, assert_close, kernel_tests
@@ -22,8 +26,8 @@ ROWS = 2
 def op(*args, sizes=None, **kwargs):
     """The op with chunk or block lengths of its implementations set: {name: {size: value}}."""
     table = package.IMPLEMENTATIONS
-    small = {k: functools.partial(table[k], **v) for k, v in (sizes or {}).items() if k in table}
-    with mock.patch.dict(table, small):
+    small = {k: functools.partial(table[k], **v) for k, v in (sizes or {}).items()}
+    with mock.patch.dict(table, small), mock.patch.object(pallas_tpu, "ROWS", 4):
         return selective_scan(*args, **kwargs)
 
 
@@ -61,7 +65,7 @@ def make_inputs(
 
 
 FULL = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias", "state")
-SIZES = {"xla": {"chunk": 4}}
+SIZES = {"xla": {"chunk": 4}, "pallas_tpu": {"steps": 4}}
 
 
 def spec(
@@ -93,6 +97,28 @@ test_reverse = kernel_tests(
         # As forward; the flip does not depend on them.
         skip=("vmap", "remat", "shard_map", "state", "no_state", "bfloat16")
         + ("reference-T3", "reference-T4"),
+    )
+)
+
+
+def slow(test):
+    return pytest.mark.slow(test)
+
+
+# The interpreters are slow. The ordinary run takes all features once over several blocks.
+LENGTHS = tuple(f"reference-T{n}" for n in (1, 3, 4, 5))
+COSTLY = ("bfloat16", "vmap", "remat", "shard_map", "no_state", "padding", "causality", "split")
+test_tpu = kernel_tests(
+    spec(("pallas_tpu",), delta_softplus=True, skip=(*LENGTHS, *COSTLY, "prefix"))
+)
+test_tpu_more = slow(
+    kernel_tests(
+        spec(
+            ("pallas_tpu",),
+            delta_softplus=True,
+            # remat: jax.checkpoint refuses the interpreter's effects; tests/aot compiles it instead.
+            skip=("state", "reference-T11", "reference-T3", "reference-T5", "prefix", "remat"),
+        )
     )
 )
 
@@ -166,6 +192,40 @@ def test_equals_the_definition(options):
             assert error < 1e-12 * max(scale, 1), name
 
 
+KERNEL_OPTIONS = {
+    "plain": ({"leave_out": ("D", "z", "delta_bias", "resets")}, {}),
+    "groups, reverse": (
+        {"groups": 2, "leave_out": ("D",)},
+        {"delta_softplus": True, "reverse": True},
+    ),
+    "channel blocks": ({"width": 384, "leave_out": ("z",)}, {"delta_softplus": True}),
+}
+
+
+@pytest.mark.parametrize(
+    "options",
+    ["plain", "groups, reverse", pytest.param("channel blocks", marks=pytest.mark.slow)],
+)
+@pytest.mark.parametrize("implementation", ["pallas_tpu"])
+def test_kernel_options(implementation, options):
+    """Outputs, state and gradients of a kernel are those of the definition."""
+    shape, flags = KERNEL_OPTIONS[options]
+    inputs = make_inputs(np.random.default_rng(3), 9, np.float32, **shape)
+    if not flags:
+        inputs["delta"] = np.abs(inputs["delta"])  # decays, not growth
+    rng = np.random.default_rng(4)
+    cotangent = [rng.standard_normal(inputs[k].shape).astype(np.float32) for k in ("u", "state")]
+    resets = {k: inputs.pop(k) for k in ("resets",) if k in inputs}
+
+    def loss(moving, implementation):
+        result = op(**moving, **resets, **flags, implementation=implementation, sizes=SIZES)
+        return sum(jnp.sum(a * c) for a, c in zip(result, cotangent, strict=True)), result
+
+    run = jax.jit(jax.grad(loss, has_aux=True), static_argnums=1)
+    got, want = (jax.tree.map(np.asarray, run(inputs, k)) for k in (implementation, "reference"))
+    assert_close(got, want, 1e-5, implementation)
+
+
 def extreme_inputs(length, seed=0):
     """Raw step sizes of -40..45 beside the usual 1e-4..10, decay rates up to 55."""
     rng = np.random.default_rng(seed)
@@ -200,7 +260,9 @@ def check_extreme(implementation, sizes, length=24):
     assert_close(jax.tree.map(np.asarray, got), want, 1e-5, "extreme ")
 
 
-@pytest.mark.parametrize("implementation", ["reference", "xla"])
+@pytest.mark.parametrize(
+    "implementation", ["reference", "xla", pytest.param("pallas_tpu", marks=pytest.mark.slow)]
+)
 def test_extreme_steps_and_decays(implementation):
     check_extreme(implementation, SIZES)
 

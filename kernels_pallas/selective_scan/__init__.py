@@ -18,13 +18,16 @@ from jax import Array
 from .. import dispatch
 from ..compat import vary
 from ..time_axis import fill_invalid
+from .fused import NO_STEP
+from .pallas_tpu import selective_scan_tpu
 from .reference import selective_scan_reference, selective_scan_step
 from .xla import selective_scan_xla
 
-IMPLEMENTATIONS = {"reference": selective_scan_reference, "xla": selective_scan_xla}
-
-# Raw step size of padding: softplus of it is exactly 0 in every float type.
-NO_STEP = -1e4
+IMPLEMENTATIONS = {
+    "reference": selective_scan_reference,
+    "xla": selective_scan_xla,
+    "pallas_tpu": selective_scan_tpu,
+}
 
 
 def selective_scan(
@@ -130,4 +133,4 @@ def _per_group(name: str, x: Array, A: Array, u: Array) -> Array:
     return x
 
 
-__all__ = ["IMPLEMENTATIONS", "NO_STEP", "selective_scan", "selective_scan_step"]
+__all__ = ["IMPLEMENTATIONS", "selective_scan", "selective_scan_step"]

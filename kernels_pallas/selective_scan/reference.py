@@ -62,9 +62,9 @@ def selective_scan_step(
     """
     width = x.shape[-1]
     wide = jnp.promote_types(x.dtype, jnp.float32)
-    grouped = lambda m: per_channel(m if m.ndim == 3 else m[:, None], width)
     widen = lambda m: m.astype(jnp.promote_types(m.dtype, wide))
-    B, C, skip = widen(grouped(B)), widen(grouped(C)), x.astype(wide)
+    grouped = lambda m: per_channel(widen(m) if m.ndim == 3 else widen(m)[:, None], width)
+    B, C, skip = grouped(B), grouped(C), x.astype(wide)
     dt = step_size(dt, dt_bias, dt_softplus)
     h = jnp.exp(dt[..., None] * widen(A)) * widen(state) + (dt * skip)[..., None] * B
     y = read(C, h)

@@ -1,0 +1,45 @@
+"""What the fused kernels share: the operands they take and the scalar functions inside."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from jax import Array
+
+# Raw step size of padding: its softplus is exactly 0 in every float type.
+NO_STEP = -1e4
+
+
+def check_operands(name: str, u: Array, A: Array, B: Array, C: Array, most_states: int):
+    """Refuse what the kernels do not compute.
+
+    Raises:
+        ValueError: complex A, B or C constant over time, too many states, or float64.
+    """
+    problem = None
+    if jnp.iscomplexobj(A):
+        problem = "complex A"
+    elif B.ndim != 4 or C.ndim != 4:
+        problem = "B or C constant over time"
+    elif B.shape[2] != C.shape[2]:
+        problem = f"{B.shape[2]} groups of B and {C.shape[2]} of C"
+    elif A.shape[1] > most_states:
+        problem = f"{A.shape[1]} states per channel (at most {most_states})"
+    elif u.dtype == jnp.float64:
+        problem = "float64"
+    if problem:
+        raise ValueError(f'selective_scan: {name} does not take {problem}; use "xla"')
+
+
+def sigmoid(x: Array) -> Array:
+    """1 / (1 + e^-x); finite for every x."""
+    return 1 / (1 + jnp.exp(-x))
+
+
+def softplus(x: Array) -> Array:
+    """log(1 + e^x), exactly x above 20, as in the definition."""
+    return jnp.where(x > 20, x, jnp.log1p(jnp.exp(jnp.minimum(x, 20))))
+
+
+def softplus_slope(x: Array) -> Array:
+    """Derivative of `softplus`."""
+    return jnp.where(x > 20, 1, sigmoid(x))
