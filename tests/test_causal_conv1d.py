@@ -8,14 +8,22 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from lintime.kernels_pallas.causal_conv1d import causal_conv1d, causal_conv1d_step
+from lintime.kernels_pallas import dispatch
+from lintime.kernels_pallas.causal_conv1d import causal_conv1d, causal_conv1d_step, pallas_tpu
 from lintime.kernels_pallas.causal_conv1d.sharded import causal_conv1d_sharded
 from lintime.kernels_pallas.compat import auto_mesh, enable_x64
 from lintime.kernels_pallas.time_axis import spread
 
-from .kernel_base import Spec, assert_close, kernel_tests, to_numpy
+from .kernel_base import Spec, assert_close, check_remat, check_vmap, kernel_tests, to_numpy
 
 B, C, W = 2, 3, 4
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch):
+    """Blocks that a few steps fill and leave, also within the interpreters."""
+    monkeypatch.setattr(pallas_tpu, "BLOCK_T", 16)
+    monkeypatch.setattr(pallas_tpu, "BLOCK_C", 128)
 
 
 def make_inputs(rng, length, dtype, channels=C, width=W):
@@ -59,10 +67,20 @@ def spec(variants, block=4, **changes):
 
 
 XLA = {"xla": {"implementation": "xla"}}
+TPU = {"pallas_tpu": {"implementation": "pallas_tpu"}}
 
 test_forward = kernel_tests(spec(XLA))
 test_reverse = kernel_tests(spec(XLA, op=turned))
+# The TPU interpreter's callbacks go through neither vmap nor remat: see the test below.
+test_tpu = kernel_tests(spec(TPU, block=8, skip=("vmap", "remat")))
 test_linear = kernel_tests(spec(XLA, options={}, skip=("vmap", "remat", "shard_map", "split")))
+
+
+@pytest.mark.parametrize("check", [check_vmap, check_remat])
+def test_tpu_kernel_under_vmap_and_remat(check, monkeypatch):
+    """By Pallas' plain interpreter, which knows nothing of TPUs but goes through both."""
+    monkeypatch.setattr(dispatch, "interpret", lambda platform: True)
+    check(spec(TPU, block=8), "pallas_tpu")
 
 
 def loop(x, weight, bias, state, resets, lengths, silu, reverse):

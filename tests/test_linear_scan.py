@@ -8,14 +8,22 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
+from lintime.kernels_pallas import dispatch
 from lintime.kernels_pallas.compat import auto_mesh, enable_x64
-from lintime.kernels_pallas.linear_scan import linear_scan
+from lintime.kernels_pallas.linear_scan import linear_scan, pallas_tpu
 from lintime.kernels_pallas.linear_scan.sharded import linear_scan_sharded
 from lintime.kernels_pallas.time_axis import spread
 
-from .kernel_base import Spec, assert_close, kernel_tests, to_numpy
+from .kernel_base import Spec, assert_close, check_remat, check_vmap, kernel_tests, to_numpy
 
 B, D = 2, 3
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch):
+    """Blocks that a few steps fill and leave, also within the interpreters."""
+    monkeypatch.setattr(pallas_tpu, "BLOCK_T", 16)
+    monkeypatch.setattr(pallas_tpu, "BLOCK_D", 128)
 
 
 def make_inputs(rng, length, dtype, width=D):
@@ -83,10 +91,20 @@ PAIRS = {
     "grad": ("a_re", "a_im", "x_re", "x_im", "state"),
 }
 XLA = {"xla": {"implementation": "xla"}}
+TPU = {"pallas_tpu": {"implementation": "pallas_tpu"}}
 
 test_real = kernel_tests(spec(XLA))
 test_pairs = kernel_tests(spec(XLA, **PAIRS))
 test_reverse = kernel_tests(spec(XLA, op=turned(linear_scan, "a", "x", "resets")))
+# The TPU interpreter's callbacks go through neither vmap nor remat: see the test below.
+test_tpu_real = kernel_tests(spec(TPU, block=8, skip=("vmap", "remat")))
+
+
+@pytest.mark.parametrize("check", [check_vmap, check_remat])
+def test_tpu_kernel_under_vmap_and_remat(check, monkeypatch):
+    """By Pallas' plain interpreter, which knows nothing of TPUs but goes through both."""
+    monkeypatch.setattr(dispatch, "interpret", lambda platform: True)
+    check(spec(TPU, block=8), "pallas_tpu")
 
 
 def loop(a, x, state, resets, lengths, reverse):

@@ -8,10 +8,15 @@ from jax import Array
 from .. import dispatch
 from ..compat import vary
 from ..time_axis import fill_invalid, flip_time, spread, valid_mask
+from .pallas_tpu import causal_conv1d_tpu
 from .reference import causal_conv1d_reference
 from .xla import causal_conv1d_xla
 
-IMPLEMENTATIONS = {"reference": causal_conv1d_reference, "xla": causal_conv1d_xla}
+IMPLEMENTATIONS = {
+    "reference": causal_conv1d_reference,
+    "xla": causal_conv1d_xla,
+    "pallas_tpu": causal_conv1d_tpu,
+}
 ACTIVATIONS = (None, "silu")
 
 

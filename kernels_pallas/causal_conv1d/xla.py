@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import Array
 
 
-def taps(resets: Array | None, width: int) -> list[Array | None]:
+def tap_masks(resets: Array | None, width: int) -> list[Array | None]:
     """For j = 0 .. W-1: [B, T, 1] bool, whether no reset lies in (t - j, t]; None means all True.
 
     Resets before the first step are unknown here; the state has zeros for inputs before them.
@@ -42,7 +42,7 @@ def _accumulate(x, weight, bias, state, masks):
 
 
 def _forward(silu, x, weight, bias, state, resets):
-    total, _ = _accumulate(x, weight, bias, state, taps(resets, weight.shape[0]))
+    total, _ = _accumulate(x, weight, bias, state, tap_masks(resets, weight.shape[0]))
     return (jax.nn.silu(total) if silu else total).astype(x.dtype)
 
 
@@ -56,7 +56,7 @@ def _rule_forward(silu, *operands):
 def _rule_backward(silu, operands, cotangent):
     x, weight, bias, state, resets = operands
     width = weight.shape[0]
-    masks = taps(resets, width)
+    masks = tap_masks(resets, width)
     total, seen = _accumulate(x, weight, bias, state, masks)
     g = cotangent.astype(total.dtype)
     if silu:

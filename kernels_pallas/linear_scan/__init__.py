@@ -14,10 +14,15 @@ from .. import dispatch
 from ..time_axis import fill_invalid
 from .operands import prepare
 from .pairs import combine
+from .pallas_tpu import linear_scan_tpu
 from .reference import linear_scan_reference
 from .xla import linear_scan_xla
 
-IMPLEMENTATIONS = {"reference": linear_scan_reference, "xla": linear_scan_xla}
+IMPLEMENTATIONS = {
+    "reference": linear_scan_reference,
+    "xla": linear_scan_xla,
+    "pallas_tpu": linear_scan_tpu,
+}
 
 
 def linear_scan(

@@ -16,12 +16,15 @@ from jax import Array, lax
 
 from .. import dispatch
 from ..compat import vary, varying_axes
+from . import pallas_tpu, xla
 from .operands import prepare
 from .pairs import Parts, add, cast, combine, conj, mul
-from .xla import scan_backward, scan_forward
 
 # implementation -> its forward and backward pass, as `with_gradient` takes them
-PASSES = {"xla": (scan_forward, scan_backward)}
+PASSES = {
+    "xla": (xla.scan_forward, xla.scan_backward),
+    "pallas_tpu": (pallas_tpu.scan_forward, pallas_tpu.scan_backward),
+}
 
 
 def linear_scan_sharded(
