@@ -13,7 +13,8 @@ from lintime.model.mixers.s4d import S4D, fft_convolve, ssm_kernel
 from lintime.model.nets.mamba_lm import MambaConfig, MambaLM, make_mixer
 from lintime.model.sampling import make_sampler, pack_prompts
 from lintime.train.optimizers import decays
-from tests.tiny import assert_close, quick
+from lintime.train.override import apply_overrides
+from tests.tiny import assert_close, quick, tiny_run, train_lines, values, write_text
 
 B, T, WIDTH = 2, 13, 8
 MIXERS = {
@@ -236,3 +237,22 @@ def test_greedy_text_is_the_argmax_of_whole_sequences():
             best = np.sort(np.asarray(logits[0, -1]))[-2:]
             assert int(jnp.argmax(logits[0, -1])) == token or best[1] - best[0] < 1e-4
             text.append(int(token))
+
+
+MESHES = {
+    "mixed": ("mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2"),
+    "sequence": ("mesh.data=4", "mesh.sequence=2"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mixer", ["mamba1", "mamba2"])
+def test_a_mesh_trains_like_one_device(mixer, tmp_path):
+    """Three updates with carried state, on eight devices and on one."""
+    net = MambaConfig(mixer=mixer, d_model=32, n_layer=2, d_state=8, headdim=16, chunk=8)
+    run = dataclasses.replace(tiny_run(write_text(tmp_path / "text.txt"), "steps=3"), net=net)
+    want = train_lines(run, tmp_path / "one", devices=jax.devices()[:1])
+    name = "mixed" if mixer == "mamba2" else "sequence"
+    lines = train_lines(apply_overrides(run, MESHES[name]), tmp_path / "mesh")
+    for key, rtol in (("loss", 2e-5), ("grad_norm", 1e-3), ("val_loss", 2e-4)):
+        assert values(lines, key) == pytest.approx(values(want, key), rel=rtol), key
