@@ -51,6 +51,7 @@ class Spec:
         causal: False leaves out causality, prefixes and splitting.
         tolerance: largest error by dtype name, relative to the largest entry of each array.
         skip: checks that do not apply; say why where it is set.
+        slow: variants that are marked slow; another one has to run always.
         clean_padding: inputs whose padding must stay valid (everything else gets NaN, or the
             largest integer).
     """
@@ -73,6 +74,7 @@ class Spec:
         default_factory=lambda: {"float32": 1e-5, "bfloat16": 3e-2}
     )
     skip: tuple[str, ...] = ()
+    slow: tuple[str, ...] = ()
     clean_padding: tuple[str, ...] = ()
 
     @property
@@ -454,7 +456,10 @@ def kernel_tests(spec: Spec):
     """A test function, parametrised over the checks and variants of `spec`."""
     checks = checks_for(spec)
 
-    @pytest.mark.parametrize("variant", spec.variants)
+    assert set(spec.slow) < set(spec.variants)
+    mark = lambda v: pytest.param(v, marks=pytest.mark.slow) if v in spec.slow else v
+
+    @pytest.mark.parametrize("variant", [mark(v) for v in spec.variants])
     @pytest.mark.parametrize("check", checks)
     def test(check, variant):
         checks[check](spec, variant)

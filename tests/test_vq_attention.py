@@ -51,6 +51,7 @@ def spec(mem, block=4, **options):
         options={"block_len": block, **options},
         out_time_axis=2,
         clean_padding=("segment_ids",),
+        slow=("serial", "matmul"),
     )
 
 
