@@ -11,7 +11,7 @@ import pytest
 from lintime.model.convert import transformer_vq as layouts
 from lintime.model.convert.names import flatten
 from lintime.model.nets.transformer_vq import TransformerVQConfig, make_mixer
-from lintime.train import convert as command
+from lintime.train.convert_vq import FROM
 from tests.conversion import (
     MAIN,
     OPTIMIZED,
@@ -210,7 +210,7 @@ def test_golden_parameter_files_load(golden_dir):
             init = lambda x, c=config: make_mixer(c).init({"params": jax.random.key(0)}, x)
             wanted = {"stats": {}} | jax.eval_shape(init, x)
         else:
-            load = command.FROM[layouts.detect_layout(flat)]
+            load = FROM[layouts.detect_layout(flat)]
             wanted = abstract_variables(config)
         assert shapes_of(load(flat)) == shapes_of(wanted), name
         seen += 1

@@ -118,7 +118,7 @@ def test_bad_sources_give_one_line(tmp_path):
     np.savez(tmp_path / "pickled.npz", x=np.array([{"a": 1}], dtype=object))
     (tmp_path / "cut").write_bytes(whole[: len(whole) // 2])
     (tmp_path / "cut.safetensors").write_bytes(b"\x10\x00\x00\x00")
-    (tmp_path / "text.pt").write_text("hello")
+    (tmp_path / "text").write_text("hello")
     (tmp_path / "empty").mkdir()
     for name, pattern in {
         "nowhere": "does not exist",
@@ -126,7 +126,7 @@ def test_bad_sources_give_one_line(tmp_path):
         "pickled.npz": "cannot read",
         "cut": "cannot read",
         "cut.safetensors": "cannot read",
-        "text.pt": "cannot read|holds no parameters",
+        "text": "cannot read|holds no parameters",
         "empty": "holds no checkpoint",
     }.items():
         with pytest.raises(UserError, match=pattern) as caught:

@@ -156,7 +156,7 @@ def _parser() -> _Parser:
 
     bench_arguments(sub)
 
-    sub = add("convert", _convert, "Convert checkpoints between layouts, or dense attention to VQ.")
+    sub = add("convert", _convert, "Published checkpoints to runs and back; dense attention to VQ.")
     from .convert import add_arguments as convert_arguments
 
     convert_arguments(sub)

@@ -4,6 +4,7 @@
     backbone.norm_f.weight, lm_head.weight (tied to the embedding)
 
 Its linear weights are (out, in), its convolution (C, 1, W). Hyperparameters are in `config.json`.
+Arrays may be numpy's, or jax's as in `jax.eval_shape`: shapes then come without any memory.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from ..nets.mamba_lm import MambaConfig
-from .names import flatten, nest
+from .names import array_module, below, flatten, nest, shape_of
 
 # Our parameter of a mixer or layer -> (theirs, how it is laid out).
 _LINEAR, _CONV, _PLAIN = "linear", "conv", "plain"
@@ -45,6 +46,8 @@ SSM_FIELDS = {
     "norm_before_gate": "norm_before_gate", "D_has_hdim": "D_has_hdim", "dt_limit": "dt_limit",
     "chunk_size": "chunk", "bias": "use_bias", "conv_bias": "conv_bias",
 }  # fmt: skip
+MAMBA1_FIELDS = {"d_state", "d_conv", "expand", "dt_rank", "bias", "conv_bias"}
+MAMBA2_FIELDS = SSM_FIELDS.keys() - {"dt_rank"}
 # Arguments that only set initial values or choose among equal code paths.
 SSM_IGNORED = {
     "dt_min", "dt_max", "dt_init", "dt_scale", "dt_init_floor", "A_init_range", "conv_init",
@@ -57,21 +60,29 @@ def _bias_name(kind: str) -> tuple[str, str]:
     return ("dt_proj.bias" if kind == "mamba1" else "dt_bias", _PLAIN)
 
 
-def _turn(a: np.ndarray, layout: str, back: bool) -> np.ndarray:
-    """Between their layout and ours; the same permutation serves both directions of `linear`."""
-    a = np.asarray(a)
-    if layout == _LINEAR:
-        return a.T
-    if layout == _CONV:
-        return a.T[:, None] if back else a[:, 0].T
-    return a
+def _ours(name: str, a: np.ndarray, layout: str) -> np.ndarray:
+    """Their array as we lay it out.
+
+    Raises:
+        ValueError: it has other axes.
+    """
+    axes = {_LINEAR: (None, None), _CONV: (None, 1, None)}.get(layout)
+    if axes and (a.ndim != len(axes) or any(n not in (None, m) for n, m in zip(axes, a.shape))):
+        wanted = {_LINEAR: "(out, in)", _CONV: "(channels, 1, width)"}[layout]
+        raise ValueError(f"{name} has shape {tuple(a.shape)}, expected {wanted}")
+    return a.T if layout == _LINEAR else a[:, 0].T if layout == _CONV else a
+
+
+def _theirs(a: np.ndarray, layout: str) -> np.ndarray:
+    """Inverse of `_ours`."""
+    return a.T if layout == _LINEAR else a.T[:, None] if layout == _CONV else a
 
 
 def mixer_from_reference(flat: Mapping[str, np.ndarray]) -> dict[str, Any]:
     """Parameters of `Mamba1` or `Mamba2` from one mixer's arrays under `mamba_ssm` names.
 
     Raises:
-        ValueError: a name that no mixer has.
+        ValueError: a name that no mixer has, or an array with other axes.
     """
     kind = "mamba2" if "dt_bias" in flat else "mamba1"
     ours = {theirs: (name, layout) for name, (theirs, layout) in MIXER.items()}
@@ -80,20 +91,25 @@ def mixer_from_reference(flat: Mapping[str, np.ndarray]) -> dict[str, Any]:
     unknown = sorted(set(flat) - set(ours))
     if unknown:
         raise ValueError(f"unknown parameters of a Mamba mixer: {', '.join(unknown)}")
-    return nest({ours[n][0]: _turn(a, ours[n][1], False) for n, a in flat.items()})
+    return nest({ours[n][0]: _ours(n, a, ours[n][1]) for n, a in flat.items()})
 
 
 def mixer_to_reference(params: Mapping[str, Any], kind: str) -> dict[str, np.ndarray]:
     """Inverse of `mixer_from_reference`; `kind` is "mamba1" or "mamba2"."""
     theirs = MIXER | {"dt_bias": _bias_name(kind)}
-    return {theirs[n][0]: _turn(a, theirs[n][1], True) for n, a in flatten(params).items()}
+    return {theirs[n][0]: _theirs(a, theirs[n][1]) for n, a in flatten(params).items()}
 
 
-def from_reference(flat: Mapping[str, np.ndarray]) -> dict[str, Any]:
+def from_reference(flat: Mapping[str, np.ndarray], tied: bool | None = None) -> dict[str, Any]:
     """{"params", "stats"} of `MambaLM` from a whole checkpoint.
 
+    Args:
+        flat: arrays by name; `lm_head.weight` may be absent where it is the embedding.
+        tied: whether the head is the embedding; None compares them.
+
     Raises:
-        ValueError: not this layout, layers of different kinds, or parameters that are unknown.
+        ValueError: not this layout, layers of different kinds, parameters that are unknown, or
+            `tied` contradicts the arrays.
     """
     flat = dict(flat)
     embedding = _take(flat, "backbone.embedding.weight")
@@ -101,66 +117,96 @@ def from_reference(flat: Mapping[str, np.ndarray]) -> dict[str, Any]:
         "embedding": embedding,
         "norm_f": {"g": _take(flat, "backbone.norm_f.weight")},
     }
+    if tied is False and "lm_head.weight" not in flat:
+        raise ValueError("tie_embeddings is false, but there is no lm_head.weight")
     head = flat.pop("lm_head.weight", embedding)
-    if head.shape != embedding.shape or not np.array_equal(head, embedding):
+    if tied is None or tied:
+        same = head is embedding or (
+            head.shape == embedding.shape and np.array_equal(head, embedding)
+        )
+        if tied and not same:
+            raise ValueError(
+                "tie_embeddings is true, but lm_head.weight is not backbone.embedding.weight"
+            )
+        tied = same
+    if not tied:
         params["lm_head"] = head
-    layers: dict[int, dict[str, np.ndarray]] = {}
+    layers: dict[str, dict[str, np.ndarray]] = {}
     for name in list(flat):
         if name.startswith("backbone.layers."):
             number, _, rest = name[len("backbone.layers.") :].partition(".")
-            layers.setdefault(int(number), {})[rest] = flat.pop(name)
+            layers.setdefault(number, {})[rest] = flat.pop(name)
     if flat:
-        raise ValueError(f"unknown parameters: {', '.join(sorted(flat)[:5])}")
-    if sorted(layers) != list(range(len(layers))) or not layers:
-        raise ValueError(f"layers {sorted(layers)} are not numbered from 0 without gaps")
-    each = [_layer(layers[i], i) for i in range(len(layers))]
-    stacked = {}
-    for name in each[0]:
-        shapes = {tree[name].shape if name in tree else None for tree in each}
-        if len(shapes) > 1 or any(tree.keys() != each[0].keys() for tree in each):
-            raise ValueError("layers differ in kind or size; hybrids with attention do not load")
-        stacked[name] = np.stack([tree[name] for tree in each])
-    params["layers"] = nest(stacked)
+        raise ValueError(f"unknown parameters: {', '.join(sorted(flat)[:5])}{_layer_norm(flat)}")
+    if not layers or set(layers) != {str(i) for i in range(len(layers))}:
+        found = ", ".join(sorted(layers)) or "none"
+        raise ValueError(f"layers are not numbered from 0 without gaps; found: {found}")
+    each = [_layer(layers[str(i)], i) for i in range(len(layers))]
+    params["layers"] = nest(_stacked(each))
     return {"params": params, "stats": {}}
 
 
 def _take(flat: dict[str, np.ndarray], name: str) -> np.ndarray:
     if name not in flat:
-        raise ValueError(f"no {name}: this is not the mamba_ssm layout")
-    return np.asarray(flat.pop(name))
+        raise ValueError(f"no {name}: this is not the mamba_ssm layout, or not all of it")
+    return flat.pop(name)
+
+
+def _layer_norm(names) -> str:
+    biases = any(n.endswith(("norm.bias", "norm2.bias", "norm_f.bias")) for n in names)
+    return " (LayerNorm is not supported)" if biases else ""
 
 
 def _layer(flat: Mapping[str, np.ndarray], number: int) -> dict[str, np.ndarray]:
     """One layer's parameters by our path."""
     ours = {theirs: (name, layout) for name, (theirs, layout) in LAYER.items()}
-    mixer = {n[len("mixer.") :]: a for n, a in flat.items() if n.startswith("mixer.")}
+    mixer = below(flat, "mixer.")
     rest = {n: a for n, a in flat.items() if not n.startswith("mixer.")}
     unknown = sorted(set(rest) - set(ours))
     if unknown:
-        raise ValueError(f"layer {number}: unknown parameters {', '.join(unknown)}")
+        names = ", ".join(unknown)
+        raise ValueError(f"layer {number}: unknown parameters {names}{_layer_norm(unknown)}")
+    attention = "Wqkv.weight" in mixer
+    if attention or not mixer:
+        what = "attention" if attention else "no mixer"
+        raise ValueError(f"layer {number} has {what}; hybrids with attention are not supported")
     try:
         converted = flatten({"mixer": mixer_from_reference(mixer)})
+        return converted | {ours[n][0]: _ours(n, a, ours[n][1]) for n, a in rest.items()}
     except ValueError as error:
-        raise ValueError(f"layer {number}: {error}; hybrids do not load") from error
-    return converted | {ours[n][0]: _turn(a, ours[n][1], False) for n, a in rest.items()}
+        raise ValueError(f"layer {number}: {error}") from error
+
+
+def _stacked(layers: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """Layers along axis 0.
+
+    Raises:
+        ValueError: names what one layer has or lacks against layer 0.
+    """
+    for number, layer in enumerate(layers):
+        differ = sorted(layer.keys() ^ layers[0].keys())
+        differ += [n for n, a in layer.items() if n in layers[0] and a.shape != layers[0][n].shape]
+        if differ:
+            raise ValueError(f"layer {number} and layer 0 differ in {', '.join(differ)}")
+    xp = array_module([a for layer in layers for a in layer.values()])
+    return {name: xp.stack([layer[name] for layer in layers]) for name in layers[0]}
 
 
 def to_reference(variables: Mapping[str, Any], config: MambaConfig) -> dict[str, np.ndarray]:
     """A whole checkpoint in the `mamba_ssm` layout; inverse of `from_reference`."""
     params = variables["params"]
-    embedding = np.asarray(params["embedding"])
     flat = {
-        "backbone.embedding.weight": embedding,
-        "backbone.norm_f.weight": np.asarray(params["norm_f"]["g"]),
-        "lm_head.weight": np.asarray(params.get("lm_head", embedding)),
+        "backbone.embedding.weight": params["embedding"],
+        "backbone.norm_f.weight": params["norm_f"]["g"],
+        "lm_head.weight": params.get("lm_head", params["embedding"]),
     }
     mixer = {f"mixer/{n}": (f"mixer.{t}", layout) for n, (t, layout) in MIXER.items()}
     bias, layout = _bias_name(config.mixer)
     theirs = LAYER | mixer | {"mixer/dt_bias": (f"mixer.{bias}", layout)}
     for name, stack in flatten(params["layers"]).items():
         their_name, layout = theirs[name]
-        for number, a in enumerate(np.asarray(stack)):
-            flat[f"backbone.layers.{number}.{their_name}"] = _turn(a, layout, True)
+        for number in range(stack.shape[0]):
+            flat[f"backbone.layers.{number}.{their_name}"] = _theirs(stack[number], layout)
     return flat
 
 
@@ -168,50 +214,79 @@ def config_from_reference(reference: Mapping[str, Any]) -> MambaConfig:
     """`MambaConfig` from the layout's `config.json`; the vocabulary is padded as there.
 
     Raises:
-        ValueError: attention layers, LayerNorm, or fields that are missing or unknown.
+        ValueError: attention layers, LayerNorm, or fields that are missing, unknown or no numbers.
     """
-    missing = [name for name in ("d_model", "n_layer", "vocab_size") if name not in reference]
+    sizes = {"d_intermediate": 0, "pad_vocab_size_multiple": 8} | dict(reference)
+    missing = [name for name in ("d_model", "n_layer", "vocab_size") if name not in sizes]
     if missing:
         raise ValueError(f"config.json lacks {', '.join(missing)}")
+    for name in ("d_model", "n_layer", "vocab_size", "pad_vocab_size_multiple", "d_intermediate"):
+        value, least = sizes[name], 0 if name == "d_intermediate" else 1
+        if not isinstance(value, int) or value < least:
+            raise ValueError(f"config.json: {name}={value!r}, expected a whole number >= {least}")
     if reference.get("attn_layer_idx"):
-        raise ValueError("attention layers (attn_layer_idx) are not supported")
+        raise ValueError("hybrids with attention layers (attn_layer_idx) are not supported")
     if not reference.get("rms_norm", True):
         raise ValueError("rms_norm=false (LayerNorm) is not supported")
-    ssm = dict(reference.get("ssm_cfg") or {})
-    layer = ssm.pop("layer", "Mamba1")
-    if layer not in ("Mamba1", "Mamba2"):
-        raise ValueError(f"ssm_cfg.layer={layer!r}; Mamba1 and Mamba2 are supported")
-    fields: dict[str, Any] = {"mixer": layer.lower()}
-    for name, value in ssm.items():
-        if name in SSM_IGNORED:
-            continue
-        if name not in SSM_FIELDS:
-            raise ValueError(f"ssm_cfg.{name} is not supported")
-        if value in ("auto", None):
-            continue
-        if name == "dt_limit":
-            value = () if tuple(value)[0] == 0 and tuple(value)[1] == float("inf") else value
-            value = tuple(float(v) for v in value)
-        fields[SSM_FIELDS[name]] = value
-    multiple = reference.get("pad_vocab_size_multiple", 8)
+    ssm = reference.get("ssm_cfg") or {}
+    if not isinstance(ssm, Mapping):
+        raise ValueError(f"config.json: ssm_cfg={ssm!r}, expected an object")
+    multiple = sizes["pad_vocab_size_multiple"]
     return MambaConfig(
-        vocab_size=-(-reference["vocab_size"] // multiple) * multiple,
-        d_model=reference["d_model"],
-        n_layer=reference["n_layer"],
-        d_intermediate=reference.get("d_intermediate", 0),
+        vocab_size=-(-sizes["vocab_size"] // multiple) * multiple,
+        d_model=sizes["d_model"],
+        n_layer=sizes["n_layer"],
+        d_intermediate=sizes["d_intermediate"],
         tie_embeddings=reference.get("tie_embeddings", True),
         residual_in_fp32=reference.get("residual_in_fp32", True),
-        **fields,
+        **_mixer_fields(dict(ssm)),
     )
 
 
+def _mixer_fields(ssm: dict[str, Any]) -> dict[str, Any]:
+    """Fields of `MambaConfig` from `ssm_cfg`."""
+    layer = ssm.pop("layer", "Mamba1")
+    if layer not in ("Mamba1", "Mamba2"):
+        raise ValueError(f"ssm_cfg.layer={layer!r}; Mamba1 and Mamba2 are supported")
+    known = MAMBA1_FIELDS if layer == "Mamba1" else MAMBA2_FIELDS
+    unknown = sorted(ssm.keys() - known - SSM_IGNORED)
+    if unknown:
+        raise ValueError(f"ssm_cfg.{unknown[0]} of {layer} is not supported")
+    fields: dict[str, Any] = {"mixer": layer.lower()}
+    for name in known & ssm.keys():
+        if ssm[name] not in ("auto", None):
+            fields[SSM_FIELDS[name]] = ssm[name]
+    if "dt_limit" in fields:
+        fields["dt_limit"] = _dt_limit(fields["dt_limit"])
+    return fields
+
+
+def _dt_limit(value: Any) -> tuple[float, ...]:
+    """(lowest, highest) in finite numbers, which JSON can hold; () for (0, inf)."""
+    try:
+        low, high = (float(v) for v in value)
+    except (TypeError, ValueError):
+        raise ValueError(f"ssm_cfg.dt_limit={value!r}, expected two numbers") from None
+    largest = float(np.finfo(np.float32).max)
+    return () if low <= 0 and high >= largest else (low, min(high, largest))
+
+
 def config_to_reference(config: MambaConfig) -> dict[str, Any]:
-    """The layout's `config.json` of a net; inverse of `config_from_reference`."""
+    """The layout's `config.json` of a net; inverse of `config_from_reference`.
+
+    Raises:
+        ValueError: the net has a setting that the layout cannot say.
+    """
     default = {f.name: f.default for f in dataclasses.fields(MambaConfig)}
-    ssm: dict[str, Any] = {"layer": "Mamba2" if config.mixer == "mamba2" else "Mamba1"}
-    for theirs, ours in SSM_FIELDS.items():
-        value = getattr(config, ours)
-        if value != default[ours]:
+    if config.norm_epsilon != default["norm_epsilon"]:
+        raise ValueError(
+            f"net.norm_epsilon={config.norm_epsilon}, but the mamba_ssm layout knows 1e-05 only"
+        )
+    second = config.mixer == "mamba2"
+    ssm: dict[str, Any] = {"layer": "Mamba2"} if second else {}
+    for theirs in sorted(MAMBA2_FIELDS if second else MAMBA1_FIELDS):
+        value = getattr(config, SSM_FIELDS[theirs])
+        if value != default[SSM_FIELDS[theirs]]:
             ssm[theirs] = list(value) if isinstance(value, tuple) else value
     return {
         "d_model": config.d_model, "d_intermediate": config.d_intermediate,
@@ -222,28 +297,50 @@ def config_to_reference(config: MambaConfig) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def infer_config(flat: Mapping[str, np.ndarray]) -> dict[str, Any]:
+def infer_config(flat: Mapping[str, np.ndarray], ngroups: int = 0) -> dict[str, Any]:
     """Fields of `MambaConfig` that names and shapes determine, for checking and where there is no
     `config.json`.
 
-    For Mamba-2 groups and state size cannot be told apart from the shapes, nor can switches.
+    What they cannot tell: for Mamba-2 the number of groups (state size times groups they tell),
+    dt_limit and norm_before_gate.
+
+    Args:
+        flat: arrays by name.
+        ngroups: groups of a Mamba-2 mixer; 0 leaves `ngroups` and `d_state` out.
 
     Raises:
-        ValueError: not this layout.
+        ValueError: not this layout, sizes that contradict each other, or other groups.
     """
-    embedding = _take(dict(flat), "backbone.embedding.weight")
-    shape = lambda name: np.shape(flat[f"backbone.layers.0.mixer.{name}"])
-    numbers = {int(n.split(".")[2]) for n in flat if n.startswith("backbone.layers.")}
-    mixer = "mamba2" if "backbone.layers.0.mixer.dt_bias" in flat else "mamba1"
-    if "backbone.layers.0.mixer.out_proj.weight" not in flat:
-        raise ValueError("layer 0 has no Mamba mixer: this is not the mamba_ssm layout")
-    d_model, inner = shape("out_proj.weight")
+    shape = lambda name, axes: shape_of(flat, f"backbone.layers.0.mixer.{name}", axes)
+    has = lambda name: f"backbone.layers.0.{name}" in flat
+    vocab, d_model = shape_of(flat, "backbone.embedding.weight", 2)
+    inner = shape("out_proj.weight", 2)[1]
+    channels, _, d_conv = shape("conv1d.weight", 3)
+    mixer = "mamba2" if has("mixer.dt_bias") else "mamba1"
     fields: dict[str, Any] = {
-        "vocab_size": embedding.shape[0], "d_model": d_model, "n_layer": len(numbers),
-        "mixer": mixer, "d_conv": shape("conv1d.weight")[-1], "expand": inner // d_model,
+        "vocab_size": vocab, "d_model": d_model, "mixer": mixer, "d_conv": d_conv,
+        "n_layer": len({n.split(".")[2] for n in flat if n.startswith("backbone.layers.")}),
+        "expand": inner // max(d_model, 1), "use_bias": has("mixer.in_proj.bias"),
+        "conv_bias": has("mixer.conv1d.bias"), "d_intermediate": 0,
     }  # fmt: skip
+    if has("mlp.fc2.weight"):
+        fields["d_intermediate"] = shape_of(flat, "backbone.layers.0.mlp.fc2.weight", 2)[1]
     if mixer == "mamba1":
-        fields |= {"d_state": shape("A_log")[1], "dt_rank": shape("dt_proj.weight")[1]}
-    if "backbone.layers.0.mlp.fc2.weight" in flat:
-        fields["d_intermediate"] = np.shape(flat["backbone.layers.0.mlp.fc2.weight"])[1]
+        fields |= {"d_state": shape("A_log", 2)[1], "dt_rank": shape("dt_proj.weight", 2)[1]}
+        return fields
+    heads = shape("dt_bias", 1)[0]
+    both = shape("in_proj.weight", 2)[0] - 2 * inner - heads  # B and C: twice groups * d_state
+    d_ssm = channels - both
+    if both <= 0 or both % 2 or not 0 < d_ssm <= inner or d_ssm % max(heads, 1):
+        raise ValueError("in_proj, conv1d, dt_bias and out_proj of layer 0 do not fit together")
+    fields |= {
+        "headdim": d_ssm // heads, "d_ssm": 0 if d_ssm == inner else d_ssm,
+        "rmsnorm": has("mixer.norm.weight"),
+    }  # fmt: skip
+    if d_ssm > heads:
+        fields["D_has_hdim"] = shape("D", 1)[0] == d_ssm
+    if ngroups:
+        if both // 2 % ngroups:
+            raise ValueError(f"ngroups={ngroups} does not divide {both // 2} (groups * d_state)")
+        fields |= {"ngroups": ngroups, "d_state": both // 2 // ngroups}
     return fields

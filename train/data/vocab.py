@@ -141,7 +141,16 @@ class SentencePieceVocab:
 
 
 def load_vocab(spec: str) -> ByteVocab | SentencePieceVocab:
-    """The vocabulary named by `Data.vocab`: "bytes" or the path of a SentencePiece model."""
+    """The vocabulary named by `Data.vocab`: "bytes" or the path of a SentencePiece model.
+
+    Raises:
+        UserError: no such model, or "": the run has the ids of a tokenizer that is not here.
+    """
+    if not spec:
+        raise UserError(
+            "this run takes token ids only: call lintime.load(DIR).net from Python, or name a "
+            "vocabulary with the same ids: data.vocab=FILE"
+        )
     return ByteVocab() if spec == "bytes" else SentencePieceVocab(spec)
 
 
