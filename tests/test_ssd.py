@@ -4,12 +4,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas import mosaic_gpu
 from jax.sharding import PartitionSpec
 
 from lintime.kernels_pallas.compat import auto_mesh, enable_x64
 from lintime.kernels_pallas.ssd import chunk_parts, pallas_tpu, ssd, ssd_step
 from lintime.kernels_pallas.ssd.sharded import ssd_sharded
 
+from .aot import lower_for_cuda
+from .aot.test_ssd import gradient, operands
 from .kernel_base import Spec, assert_close, kernel_tests, to_numpy
 
 B, H, G, P, N = 2, 4, 2, 3, 5
@@ -298,3 +301,94 @@ def test_tpu_blocks_of_heads(sizes, monkeypatch):
     inputs = some_inputs(length=17, **sizes)
     got = value_and_grads(inputs, dt_softplus=True, chunk=8, implementation="pallas_tpu")
     assert_close(got, truth(inputs, dt_softplus=True), 5e-5, "")
+
+
+GPU_INTERPRETER = pytest.mark.skipif(
+    not hasattr(mosaic_gpu, "InterpretGPUParams"), reason="this jax has no GPU interpreter"
+)
+
+
+def gpu_inputs(length, **sizes):
+    """x, B, C, z in bfloat16."""
+    inputs = some_inputs(length=length, **{"p": 64, "n": 64, **sizes})
+    narrow = lambda k, v: jnp.asarray(v, jnp.bfloat16) if k in ("x", "B", "C", "z") else v
+    return {k: narrow(k, v) for k, v in inputs.items()}
+
+
+@GPU_INTERPRETER
+@pytest.mark.parametrize(
+    "split, length, sizes",
+    [
+        (1, 130, {"heads": 4, "groups": 2}),  # three chunks, two heads to a program
+        (2, 250, {"heads": 1, "groups": 1, "n": 128}),  # one head to a program, two segments
+        (3, 3 * 64, {"heads": 2, "groups": 1, "skip": "", "gate": False, "resets": False}),
+        (1, 5, {"heads": 2, "groups": 2}),  # a single chunk
+    ],
+)
+def test_gpu_kernel(split, length, sizes, monkeypatch):
+    """The kernel in the interpreter (products in registers replaced), forward and gradient."""
+    from lintime.kernels_pallas.ssd import pallas_gpu
+
+    monkeypatch.setattr(pallas_gpu, "segments", lambda *_: split)
+    inputs = gpu_inputs(length, **sizes)
+    if split == 3:
+        del inputs["state"]
+    options = {"dt_softplus": True, "chunk": 64}
+    run = lambda a: ssd(**a, **options, implementation="pallas_gpu")
+    got = jax.jit(run)(inputs)
+    assert got[0].dtype == jnp.bfloat16 and got[1].dtype == jnp.float32
+    wide = {k: jnp.asarray(v, jnp.float32) if v.dtype != bool else v for k, v in inputs.items()}
+    want = jax.jit(lambda a: ssd(**a, **options, implementation="reference"))(wide)
+    assert_close(to_numpy(got), to_numpy(want), 1e-2, "")
+    if split == 2:
+        got = value_and_grads(inputs, **options, implementation="pallas_gpu")[1]
+        want = value_and_grads(inputs, **options, implementation="xla")[1]
+        assert_close(got, want, 2e-2, "gradient of ")
+
+
+def test_gpu_lowers():
+    """Forward and gradient lower for CUDA, in one pass and in segments, with every option."""
+    state = (jnp.float32, 2, 8, 64, 128)
+    packed = operands(2, 500, 8, 64, 128, groups=2, state=state, resets=(bool, 2, 500))
+    packed["z"] = packed["x"]
+    for inputs, kernels in ((operands(8, 512, 64, 64, 128), 1), (operands(1, 4096, 2, 64, 64), 2)):
+        text = lower_for_cuda(
+            lambda a: ssd(**a, dt_softplus=True, implementation="pallas_gpu"), inputs
+        )
+        assert text.count("custom_call @mosaic_gpu") == kernels
+    text = lower_for_cuda(gradient("pallas_gpu", 128), packed)
+    assert "custom_call @mosaic_gpu" in text
+
+
+def test_gpu_segments_fill_the_chip():
+    """Time is split only where rows and heads alone leave the chip idle."""
+    from lintime.kernels_pallas.ssd.pallas_gpu import segments
+
+    assert segments(8, 64, 32) == 1 and segments(64, 48, 4) == 1
+    assert segments(1, 64, 1024) == 8 and segments(1, 1, 16) == 2 and segments(1, 1, 1) == 1
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"x": jnp.float32}, "x is float32; it must be bfloat16"),
+        ({"p": 32}, "head width P=32 and state size N=64 must be multiples of 64"),
+        ({"p": 128, "n": 128}, "P N <= 8192"),
+    ],
+)
+def test_gpu_refuses(change, message):
+    sizes = {k: v for k, v in change.items() if k != "x"}
+    inputs = gpu_inputs(64, **sizes)
+    inputs["x"] = inputs["x"].astype(change.get("x", jnp.bfloat16))
+    with pytest.raises(ValueError, match=message):
+        ssd(**inputs, implementation="pallas_gpu")
+
+
+def test_three_parts_hold_a_float32():
+    """The bfloat16 parts in which the GPU kernel reads a state add up to it."""
+    from lintime.kernels_pallas.ssd.pallas_gpu import _parts
+
+    v = np.random.default_rng(0).standard_normal((3, 4, 5)).astype(np.float32)
+    parts = jax.jit(_parts)(v)
+    assert parts.shape == (3, 3, 4, 5)
+    np.testing.assert_array_equal(jnp.sum(parts.astype(jnp.float32), axis=1), v)

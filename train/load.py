@@ -91,12 +91,12 @@ class LoadedRun:
 
         See `lintime.model.sampling.make_sampler`; ids outside the vocabulary are never drawn.
         """
-        options = {"vocab_size": self.vocab.size} | options
+        options = self._with_vocab(options)
         return self._cached(make_sampler, length=length, stop_ids=tuple(stop_ids), **options)
 
     def stream(self, **options) -> TextStream:
         """Streaming generation over explicit state; see `lintime.model.sampling.make_stream`."""
-        return self._cached(make_stream, **({"vocab_size": self.vocab.size} | options))
+        return self._cached(make_stream, **self._with_vocab(options))
 
     def generate(
         self,
@@ -126,6 +126,10 @@ class LoadedRun:
         one = isinstance(prompt, str | bytes)
         texts = continue_text(self, [prompt] if one else list(prompt), sample, seed=seed)
         return texts[0] if one else texts
+
+    def _with_vocab(self, options: dict) -> dict:
+        """`vocab_size` from the vocabulary, unless it is given (a run may have none)."""
+        return options if "vocab_size" in options else {"vocab_size": self.vocab.size} | options
 
     def _cached(self, make: Callable, **options):
         """Each sampler is made, and so compiled, once."""

@@ -31,7 +31,8 @@ class Data:
             every Python installation carries).
         format: "auto", "text" (bytes of files), "enwik8" (100 MB file, 90/5/5 M split), "pg19"
             (train/ validation/ test/ folders of .txt), or "images" (uint8 arrays, .npy/.npz).
-        vocab: "bytes" (259 ids: pad 0, EOS 1, unk 2, byte+3) or the path of a SentencePiece model.
+        vocab: "bytes" (259 ids: pad 0, EOS 1, unk 2, byte+3), the path of a SentencePiece model, or
+            "" (a converted model whose tokenizer is not here: token ids only).
             A path that does not exist yet is trained with `vocab_size` pieces when `train_vocab` is
             set.
         train_vocab: number of SentencePiece pieces to train when the `vocab` file is absent; 0 =

@@ -24,7 +24,19 @@ from .pallas_tpu import ssd_pallas_tpu
 from .reference import ssd_reference, step
 from .xla import chunk_intermediates, ssd_xla
 
-IMPLEMENTATIONS = {"reference": ssd_reference, "xla": ssd_xla, "pallas_tpu": ssd_pallas_tpu}
+
+def _ssd_pallas_gpu(*operands, **options):
+    from .pallas_gpu import ssd_pallas_gpu  # Mosaic GPU is imported where it is used
+
+    return ssd_pallas_gpu(*operands, **options)
+
+
+IMPLEMENTATIONS = {
+    "reference": ssd_reference,
+    "xla": ssd_xla,
+    "pallas_tpu": ssd_pallas_tpu,
+    "pallas_gpu": _ssd_pallas_gpu,  # bfloat16, P and N multiples of 64
+}
 
 
 def _check(x, dt, A, B, C, D, z, dt_bias, state, resets, lengths, time: str):
@@ -95,7 +107,8 @@ def ssd(
         lengths: [B] int32 valid steps per row (right padding may hold anything, outputs there are
             0, and the state passes through unchanged); None means T.
         reverse: run from the last step to the first; the state enters at the right end.
-        implementation: None (best available) or a name in `IMPLEMENTATIONS`.
+        implementation: None (best available) or a name in `IMPLEMENTATIONS`; "pallas_gpu" computes
+            the forward pass only, its gradient is that of "xla".
 
     Returns:
         y [B, T, H, P] in x's dtype and the float32 state after the last valid step. dt, decays,
@@ -103,8 +116,8 @@ def ssd(
         float32. float64 inputs are computed in float64.
 
     Raises:
-        ValueError: shapes that do not fit (with the numbers), or an implementation that does not
-            exist here.
+        ValueError: shapes that do not fit (with the numbers), an implementation that does not exist
+            here, or sizes that a kernel asked for by name cannot compute.
     """
     _check(x, dt, A, B, C, D, z, dt_bias, state, resets, lengths, "T")
     if chunk < 1:

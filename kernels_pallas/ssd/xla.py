@@ -182,33 +182,43 @@ def _run(x, dt, a, B, C, D, state, resets, chunk, out_dtype):
     return y, final.reshape(shape[0], *shape[2:], -1), entering
 
 
+def entering_states(operands, chunk):
+    """The states [b, c, g, k, p, n] entering the chunks, in x's dtype; None if nothing enters."""
+    x, dt, a, B, C, _, state, resets = operands
+    dtype = x.dtype
+    x, dt, B, _, state, d = _by_chunk(x, dt, a, B, C, state, resets, chunk)
+    if x.shape[1] == 1 and state is None:
+        return None
+    own = _scaled_states(x, dt, B, d)
+    return pass_states(d.log_total, d.closed, own, state)[0].astype(dtype)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(8, 9))
 def _ssd(x, dt, a, B, C, D, state, resets, chunk, out_dtype):
     return _run(x, dt, a, B, C, D, state, resets, chunk, out_dtype)[:2]
 
 
+def values(args):
+    """The arrays that come to the forward rule as (value, perturbed), with symbolic zeros."""
+    return jax.tree.map(lambda p: p.value, args, is_leaf=lambda p: hasattr(p, "perturbed"))
+
+
 def _ssd_fwd(*args):
-    # With symbolic zeros, arrays come as (value, perturbed).
-    operands = jax.tree.map(lambda p: p.value, args[:8], is_leaf=lambda p: hasattr(p, "perturbed"))
+    operands = values(args[:8])
     y, final, entering = _run(*operands, *args[8:])
     return (y, final), (operands, entering)
 
 
 def _ssd_bwd(chunk, out_dtype, residuals, cotangents):
-    operands, entering = residuals
-    dy, dfinal = cotangents
-    if isinstance(dy, SymbolicZero):
-        dy = vary(jnp.zeros(dy.shape, dy.dtype), operands[0])
-    if isinstance(dfinal, SymbolicZero):
-        dfinal = None
-    return (*backward(operands, entering, dy, dfinal, chunk), None)
+    return (*backward(*residuals, *cotangents, chunk), None)
 
 
 _ssd.defvjp(_ssd_fwd, _ssd_bwd, symbolic_zeros=True)
 
 
 def backward(operands, entering, dy, dfinal, chunk):
-    """Gradients of (x, dt, a, B, C, D, state); dy [B, T, H, P], dfinal [B, H, P, N] or None.
+    """Gradients of (x, dt, a, B, C, D, state); dy [B, T, H, P] and dfinal [B, H, P, N] may be
+    symbolic zeros: what only an unused final state would need is then left out.
 
     The gradient of a sums, for every step t, what decays through t: pairs s < t <= l within the
     chunk, what entered the chunk and is read at l >= t, what is written at s < t and leaves it,
@@ -220,6 +230,9 @@ def backward(operands, entering, dy, dfinal, chunk):
     n_state = B.shape[-1]
     by_chunk = lambda v: cut(pad_time(v, min(chunk, t_len)), min(chunk, t_len))
     x, dt, B, C, first, d = _by_chunk(x, dt, a, B, C, state, resets, chunk)
+    if isinstance(dy, SymbolicZero):
+        dy = vary(jnp.zeros(shape, dtype), x)
+    dfinal = None if isinstance(dfinal, SymbolicZero) else dfinal
     dy = by_chunk(dy.astype(dtype)).reshape(x.shape)
     acc = dt.dtype
 
