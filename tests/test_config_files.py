@@ -142,7 +142,7 @@ def changed(*path, value=None, delete=False):
         (changed("net", "d_modl", value=1), "did you mean d_model?"),
         (changed("optim", "eps", delete=True), "field 'optim.eps' is missing"),
         (changed("net", delete=True), "field 'net' is missing"),
-        (changed("net", "kind", value="mamba"), "net: unknown kind 'mamba'; known kinds: trans"),
+        (changed("net", "kind", value="rnn"), "net: unknown kind 'rnn'; known kinds: mamba, trans"),
         (changed("net", value=3), "net: unknown kind None"),
         (changed("optim", value=3), "optim: expected an object, got 3"),
         (changed("steps", value="many"), "steps: expected int, got 'many'"),
@@ -241,7 +241,8 @@ def test_good_values_and_stages():
 
 
 def test_every_checked_field_exists():
-    fields = {path for path, _, _ in config_files.leaves(RUN)}
+    runs = [RUN, dataclasses.replace(RUN, net=config_files.NETS["mamba"]())]
+    fields = {path for run in runs for path, _, _ in config_files.leaves(run)}
     checked = set(config_files._CHOICES)
     checked |= {p for _, _, paths in config_files._RANGES for p in paths.split()}
     assert checked <= fields

@@ -214,6 +214,7 @@ def scripted(*rows: bytes | list[int]):
         path=None,
         step=0,
         config=RUN,
+        net=types.SimpleNamespace(state_grows=False),
         asked=asked,
     )
 

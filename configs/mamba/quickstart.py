@@ -10,9 +10,9 @@ from ...train.schema import Checkpoint, Data, Eval, Log, Optim, Run, Sample
 config = Run(
     net=MambaConfig(d_model=128, n_layer=3, d_state=32, headdim=32, chunk=64),
     data=Data(sequence_len=512, update_len=256),
-    optim=Optim(learning_rate=4e-3, warmup=50, clip=1.0, weight_decay=0.1, decay_times_lr=True),
+    optim=Optim(learning_rate=4e-3, warmup=50, clip=1.0),
     batch_size=4,
-    steps=1100,
+    steps=1200,
     checkpoint=Checkpoint(every=200, keep=2),
     eval=Eval(every=0, batches=0),
     sample=Sample(prompt="The ", length=300, temperature=0.8, top_p=0.95),
