@@ -14,6 +14,7 @@ from .. import dispatch
 from ..time_axis import fill_invalid
 from .operands import prepare
 from .pairs import combine
+from .pallas_gpu import linear_scan_gpu
 from .pallas_tpu import linear_scan_tpu
 from .reference import linear_scan_reference
 from .xla import linear_scan_xla
@@ -22,6 +23,7 @@ IMPLEMENTATIONS = {
     "reference": linear_scan_reference,
     "xla": linear_scan_xla,
     "pallas_tpu": linear_scan_tpu,
+    "pallas_gpu": linear_scan_gpu,
 }
 
 
