@@ -13,9 +13,13 @@ from lintime.kernels_pallas.ssd.sharded import ssd_sharded
 
 from .aot import lower_for_cuda
 from .aot.test_ssd import gradient, operands
-from .kernel_base import Spec, assert_close, kernel_tests, to_numpy
+from .kernel_base import Spec, assert_close, checks_for, kernel_tests, to_numpy
 
 B, H, G, P, N = 2, 4, 2, 3, 5
+
+
+def slow(*values):
+    return pytest.param(*values, marks=pytest.mark.slow)
 
 
 def make_inputs(
@@ -62,13 +66,21 @@ def spec(block, variants, sizes=None, skip=(), **options):
 
 XLA = {"xla": {"implementation": "xla", "chunk": 4}}
 TPU = {"pallas_tpu": {"implementation": "pallas_tpu", "chunk": 8}}
-test_kernel = kernel_tests(spec(4, XLA))
+FULL = spec(4, XLA)
+LENGTHS = ("reference-T1", "reference-T3", "reference-T4")
+test_kernel = kernel_tests(spec(4, XLA, skip=LENGTHS))  # they follow, marked slow
 # The interpreter's callbacks cannot be traced under jax.checkpoint; its repeats are slow.
 test_kernel_tpu = pytest.mark.slow(
     kernel_tests(
         spec(8, TPU, {"heads": 2, "groups": 1}, skip=("remat", "reference-T7", "reference-T8"))
     )
 )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("check", LENGTHS)
+def test_kernel_lengths(check):
+    checks_for(FULL)[check](FULL, "xla")
 
 
 def value_and_grads(inputs, **options):
@@ -168,7 +180,7 @@ def test_gradient_of_one_output(wanted):
     assert_close(grad("xla"), grad("reference"), 5e-5, f"only {wanted}: ")
 
 
-@pytest.mark.parametrize("scale", [1e-4, 1.0, 10.0])
+@pytest.mark.parametrize("scale", [1e-4, slow(1.0), 10.0])
 def test_strong_and_weak_decay_over_long_chunks(scale):
     """dt from 1e-4 to 10 with A down to -16: decays over 256 steps from almost none to e^-40000."""
     inputs = some_inputs(length=300, gate=False, resets=False)
@@ -251,11 +263,13 @@ def test_backward_keeps_no_scores():
     assert largest <= max(B * 64 * H * P, B * 2 * H * P * N)
 
 
-@pytest.mark.parametrize("reverse", [False, True])
-@pytest.mark.parametrize("shards", [1, 2, 8])
+@pytest.mark.parametrize(
+    "shards, reverse",
+    [(2, True), (8, False)] + [slow(*v) for v in ((1, False), (4, True), (8, True))],
+)
 def test_sharded_over_time(shards, reverse):
-    """Time over 1, 2, 8 devices (rows over the others) equals one device, gradients included."""
-    mesh = auto_mesh((2 if shards < 8 else 1, shards), ("data", "time"))
+    """Time over 1 to 8 devices (rows over the others) equals one device, gradients included."""
+    mesh = auto_mesh((2 if shards < 5 else 1, shards), ("data", "time"))
     inputs = some_inputs(length=16)
     inputs["resets"][1] = np.arange(16) == 9  # one row with shards that let the state through
     if reverse and shards == 2:
@@ -291,8 +305,9 @@ def test_sharded_over_time(shards, reverse):
     "sizes",
     [
         {"heads": 8, "groups": 2, "p": 64, "n": 128},  # 4 blocks of 2 heads, 2 to a group
-        {"heads": 4, "groups": 4, "p": 64, "n": 64, "resets": False},  # 2 groups in a block
-        {"heads": 3, "groups": 3, "skip": "", "gate": False},  # no tile fits: all heads
+        # 2 groups in a block; no tile fits: all heads
+        slow({"heads": 4, "groups": 4, "p": 64, "n": 64, "resets": False}),
+        slow({"heads": 3, "groups": 3, "skip": "", "gate": False}),
     ],
 )
 def test_tpu_blocks_of_heads(sizes, monkeypatch):
@@ -340,10 +355,11 @@ def test_gpu_kernel(split, length, sizes, monkeypatch):
     wide = {k: jnp.asarray(v, jnp.float32) if v.dtype != bool else v for k, v in inputs.items()}
     want = jax.jit(lambda a: ssd(**a, **options, implementation="reference"))(wide)
     assert_close(to_numpy(got), to_numpy(want), 1e-2, "")
-    if split == 2:
+    for chunk in {1: (96,), 2: (64, 128)}.get(split, ()):  # states made again, kept by the kernel
+        options["chunk"] = chunk
         got = value_and_grads(inputs, **options, implementation="pallas_gpu")[1]
         want = value_and_grads(inputs, **options, implementation="xla")[1]
-        assert_close(got, want, 2e-2, "gradient of ")
+        assert_close(got, want, 2e-2, f"chunk={chunk}: gradient of ")
 
 
 def test_gpu_lowers():

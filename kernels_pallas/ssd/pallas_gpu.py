@@ -14,8 +14,9 @@ each segment's own last state (it reads x and B only), `pass_states` joins them,
 starts every segment from its true state.
 
 HBM bytes for E = B T H P elements of 2 bytes: 4 E (6 E with segments), and 8 E/P for cs and dt;
-multiply-adds per element: 64 + 64 N/P + 2 N. The gradient is that of `xla`, which makes the states
-entering its chunks again. Lowered for CUDA and run in the interpreter; its speed is not measured.
+multiply-adds per element: 64 + 64 N/P + 2 N. The gradient is that of `xla`; for it the kernel also
+writes the states entering the chunks of the gradient, 2 E N/chunk bytes. Lowered for CUDA and run
+in the interpreter; its speed is not measured.
 """
 
 from __future__ import annotations
@@ -104,7 +105,9 @@ def _product(acc, a, b, interpret):
     return pl.run_state(lambda ref: plgpu.wgmma(ref, a, b))(plgpu.ACC.init(acc))
 
 
-def _compute(refs, smem, barriers, where, *, tiles, wgs, has_d, has_state, has_counts, summary):
+def _compute(
+    refs, smem, barriers, where, *, tiles, wgs, has_d, has_state, has_counts, summary, every
+):
     """One warpgroup: all chunks of one head and one segment."""
     interpret = bool(dispatch.interpret("gpu"))
     rest = list(refs[4:])
@@ -112,6 +115,7 @@ def _compute(refs, smem, barriers, where, *, tiles, wgs, has_d, has_state, has_c
     d_ref = rest.pop(0) if has_d else None
     first_ref = rest.pop(0) if has_state else None
     y_ref = None if summary else rest.pop(0)
+    states_ref = rest.pop(0) if every else None
     final_ref = rest.pop(0)
     full, empty, once = barriers
     b, seg, pair, wg = where
@@ -142,12 +146,20 @@ def _compute(refs, smem, barriers, where, *, tiles, wgs, has_d, has_state, has_c
             n_at, n_end = _load(smem["counts"].at[slot], _COLUMN), smem["counts"][slot, Q - 1]
             total = jnp.where(n_end == 0, total, 0.0)
             weight = jnp.where(n_at == n_end, weight, 0.0)
-        x = _load(x_s, _TILE).astype(jnp.float32)
         scaled = smem["scaled"].at[wg]
+        x = _load(x_s, _TILE).astype(jnp.float32)
         scaled[...] = (x * _across(weight, (Q, p))).astype(dtype)
         if not summary:
             smem["state"].at[wg][...] = state.astype(dtype)
         plgpu.commit_smem()
+        at_tile = seg * tiles + i
+        if every:
+
+            @pl.when(lax.rem(at_tile, every) == 0)
+            def _():
+                there = states_ref.at[b, lax.div(at_tile, every), head]
+                plgpu.copy_smem_to_gmem(smem["state"].at[wg], there)
+
         if not summary:
             c_s = smem["c"].at[slot]
 
@@ -172,15 +184,14 @@ def _compute(refs, smem, barriers, where, *, tiles, wgs, has_d, has_state, has_c
                 into = jnp.where(n_at == 0, into, 0.0)
             scores = (cb * decay * _down(steps, (Q, Q))).astype(dtype)
             y = y * _across(into, (Q, p))
-            if has_d:
-                y = y + x * _down(skip, (Q, p))
+            if has_d:  # x once more from shared memory: registers are scarce
+                y = y + _load(x_s, _TILE).astype(jnp.float32) * _down(skip, (Q, p))
             y = _product(y, scores, x_s, interpret)
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # of the last y and of this state
             y_s = smem["y"].at[wg]
             y_s[...] = y.astype(y_s.dtype)
             plgpu.commit_smem()
-            rows = pl.ds((seg * tiles + i) * Q, Q)
-            plgpu.copy_smem_to_gmem(y_s, y_ref.at[b, rows, head])
+            plgpu.copy_smem_to_gmem(y_s, y_ref.at[b, pl.ds(at_tile * Q, Q), head])
         state = _product(state * total, b_s.transpose((1, 0)), scaled, interpret)
         plgpu.barrier_arrive(empty.at[slot])
         return state
@@ -220,8 +231,10 @@ def _bring(refs, smem, barriers, where, *, tiles, wgs, per_group, has_counts, su
         copy(i)
 
 
-def _call(x, B, C, vec, counts, D, first, *, split, summary, out_dtype):
-    """y [B, T, H, P] (not if `summary`) and the states [B, split, H, N, P] after every segment."""
+def _call(x, B, C, vec, counts, D, first, *, split, summary, out_dtype, every=0):
+    """(y [B, T, H, P], states entering every `every`-th chunk [B, c, H, N, P], states after every
+    segment [B, split, H, N, P]); only the last if `summary`, the second only if `every`.
+    """
     batch, t_len, heads, p = x.shape
     groups, n = B.shape[2:]
     per_group = heads // groups
@@ -256,7 +269,7 @@ def _call(x, B, C, vec, counts, D, first, *, split, summary, out_dtype):
             @pl.when(where[-1] < wgs)
             def _():
                 plgpu.set_max_registers(232, action="increase")
-                _compute(refs, smem, barriers, where, has_d=D is not None,
+                _compute(refs, smem, barriers, where, has_d=D is not None, every=every,
                          has_state=first is not None, **flags)  # fmt: skip
 
             @pl.when(where[-1] == wgs)
@@ -269,6 +282,9 @@ def _call(x, B, C, vec, counts, D, first, *, split, summary, out_dtype):
     parts = None if first is None else _parts(first)
     operands = [v for v in (x, B, C, vec, counts, D, parts) if v is not None]
     out_type = [out_like(x, (batch, split, heads, n, p), jnp.float32)]
+    if every:
+        kept = -(-tiles * split // every)
+        out_type.insert(0, out_like(x, (batch, kept, heads, n, p), x.dtype))
     if not summary:
         out_type.insert(0, out_like(x, x.shape, out_dtype))
     steps = batch * t_len * heads
@@ -285,7 +301,8 @@ def _call(x, B, C, vec, counts, D, first, *, split, summary, out_dtype):
     )(*operands)  # fmt: skip
 
 
-def _forward(x, dt, a, B, C, D, state, resets, out_dtype):
+def _forward(x, dt, a, B, C, D, state, resets, out_dtype, every=0):
+    """(y, final state, states entering every `every`-th chunk [B, c, H, N, P] or None)."""
     check_sizes(x, B.shape[-1])
     batch, t_len, heads, p = x.shape
     split = segments(batch, heads, -(-t_len // Q))
@@ -309,23 +326,29 @@ def _forward(x, dt, a, B, C, D, state, resets, out_dtype):
         start = None if state is None else first[:, 0][:, :, None]
         entering, _ = pass_states(log_total, closed, own[:, :, :, None], start)
         first = entering[:, :, :, 0]
-    y, final = call(D, first, summary=False)
-    return y[:, :t_len], final[:, -1].swapaxes(2, 3)
+    y, *states, final = call(D, first, summary=False, every=every)
+    return y[:, :t_len], final[:, -1].swapaxes(2, 3), states[0] if every else None
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(8, 9))
 def _ssd(x, dt, a, B, C, D, state, resets, chunk, out_dtype):
-    return _forward(x, dt, a, B, C, D, state, resets, out_dtype)
+    return _forward(x, dt, a, B, C, D, state, resets, out_dtype)[:2]
 
 
 def _ssd_fwd(*args):
-    operands = values(args[:8])
-    return _ssd(*operands, *args[8:]), operands
+    operands, chunk = values(args[:8]), args[8]
+    x, B, state = operands[0], operands[3], operands[6]
+    t_len = x.shape[1]
+    if chunk % Q or (t_len <= chunk and state is None):  # the gradient makes its own, or needs none
+        return _ssd(*operands, *args[8:]), (operands, entering_states(operands, chunk))
+    y, final, states = _forward(*operands, args[9], every=chunk // Q)
+    states = states[:, : -(-t_len // chunk)]
+    by_group = states.reshape(*states.shape[:2], B.shape[2], -1, *states.shape[3:])
+    return (y, final), (operands, by_group.swapaxes(-1, -2))
 
 
-def _ssd_bwd(chunk, out_dtype, operands, cotangents):
-    entering = entering_states(operands, chunk)
-    return (*backward(operands, entering, *cotangents, chunk), None)
+def _ssd_bwd(chunk, out_dtype, residuals, cotangents):
+    return (*backward(*residuals, *cotangents, chunk), None)
 
 
 _ssd.defvjp(_ssd_fwd, _ssd_bwd, symbolic_zeros=True)
