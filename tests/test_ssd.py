@@ -1,5 +1,7 @@
 """SSD: every implementation against the float64 recurrence, at any chunk length."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +12,7 @@ from jax.sharding import PartitionSpec
 from lintime.kernels_pallas.compat import auto_mesh, enable_x64
 from lintime.kernels_pallas.ssd import chunk_parts, pallas_tpu, ssd, ssd_step
 from lintime.kernels_pallas.ssd.sharded import ssd_sharded
+from lintime.kernels_pallas.ssd.xla import pass_states
 
 from .aot import lower_for_cuda
 from .aot.test_ssd import gradient, operands
@@ -408,3 +411,20 @@ def test_three_parts_hold_a_float32():
     parts = jax.jit(_parts)(v)
     assert parts.shape == (3, 3, 4, 5)
     np.testing.assert_array_equal(jnp.sum(parts.astype(jnp.float32), axis=1), v)
+
+
+@pytest.mark.parametrize("n, reverse", [(33, True), (600, False)])
+def test_pass_states_over_levels(n, reverse):
+    """Two and three levels of groups, chunks that let nothing through, both directions."""
+    rng = np.random.default_rng(n)
+    log_total = -rng.exponential(0.2, (2, n, 1, 2)).astype(np.float32)
+    closed = rng.integers(0, 20, (2, n)) == 0
+    states, first = rng.standard_normal((2, n, 1, 2, 3, 4)), rng.standard_normal((2, 1, 2, 3, 4))
+    want, carried = np.zeros_like(states), first.copy()
+    for c in reversed(range(n)) if reverse else range(n):
+        want[:, c] = carried
+        decay = np.where(closed[:, c, None, None], 0, np.exp(log_total[:, c]))
+        carried = decay[..., None, None] * carried + states[:, c]
+    args = [jnp.asarray(v, jnp.float32) for v in (states, first)]
+    got = jax.jit(functools.partial(pass_states, reverse=reverse))(log_total, closed, *args)
+    assert_close(to_numpy(got), (want, carried), 1e-5, "")

@@ -238,7 +238,8 @@ def _call(x, B, C, vec, counts, D, first, *, split, summary, out_dtype, every=0)
     batch, t_len, heads, p = x.shape
     groups, n = B.shape[2:]
     per_group = heads // groups
-    wgs = 2 if per_group % 2 == 0 else 1
+    # Two heads of P = 128 with a float32 y would take more shared memory than there is.
+    wgs = 2 if per_group % 2 == 0 and p * jnp.dtype(out_dtype).itemsize <= 256 else 1
     tiles = t_len // Q // split
     flags = dict(tiles=tiles, wgs=wgs, has_counts=counts is not None, summary=summary)
 
