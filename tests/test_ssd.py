@@ -72,7 +72,7 @@ TPU = {"pallas_tpu": {"implementation": "pallas_tpu", "chunk": 8}}
 FULL = spec(4, XLA)
 LENGTHS = ("reference-T1", "reference-T3", "reference-T4")
 test_kernel = kernel_tests(spec(4, XLA, skip=LENGTHS))  # they follow, marked slow
-# The interpreter cannot run under jax.checkpoint, and it is slow: lengths next to the chunk but one,
+# The interpreter cannot run under jax.checkpoint, and it is slow: two lengths next to the chunk,
 # prefixes and splits are left to the checks of lengths, causality and states.
 test_kernel_tpu = pytest.mark.slow(
     kernel_tests(
