@@ -1,20 +1,32 @@
 """Linear scan: every implementation against the float64 definition, both directions, in pairs."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.sharding import PartitionSpec as P
 
 from lintime.kernels_pallas import dispatch
 from lintime.kernels_pallas.compat import auto_mesh, enable_x64
-from lintime.kernels_pallas.linear_scan import linear_scan, pallas_tpu
+from lintime.kernels_pallas.linear_scan import linear_scan, pallas_gpu, pallas_tpu
 from lintime.kernels_pallas.linear_scan.sharded import linear_scan_sharded
 from lintime.kernels_pallas.time_axis import spread
 
-from .kernel_base import Spec, assert_close, check_remat, check_vmap, kernel_tests, to_numpy
+from .aot import lower_for_cuda
+from .kernel_base import (
+    Spec,
+    assert_close,
+    check_padding,
+    check_reference,
+    check_remat,
+    check_vmap,
+    kernel_tests,
+    to_numpy,
+)
 
 B, D = 2, 3
 
@@ -24,6 +36,7 @@ def small_blocks(monkeypatch):
     """Blocks that a few steps fill and leave, also within the interpreters."""
     monkeypatch.setattr(pallas_tpu, "BLOCK_T", 16)
     monkeypatch.setattr(pallas_tpu, "BLOCK_D", 128)
+    monkeypatch.setattr(pallas_gpu, "TILE_BYTES", 4096)
 
 
 def make_inputs(rng, length, dtype, width=D):
@@ -92,19 +105,111 @@ PAIRS = {
 }
 XLA = {"xla": {"implementation": "xla"}}
 TPU = {"pallas_tpu": {"implementation": "pallas_tpu"}}
+GPU = {"pallas_gpu": {"implementation": "pallas_gpu"}}
+REVERSE = {"op": turned(linear_scan, "a", "x", "resets")}
+PAIRS_REVERSE = PAIRS | {"op": turned(on_pairs, *PAIRS["batch_axis"])}
+# What does not depend on the direction, nor on there being pairs, is checked on the real scan.
+ONCE = ("vmap", "remat", "shard_map", "state", "no_state", "bfloat16", "prefix", "split")
+# On a GPU its kernels run as they are; on a CPU in an interpreter that older jax does not have.
+needs_gpu_interpreter = pytest.mark.skipif(
+    not hasattr(plgpu, "InterpretGPUParams") and jax.config.jax_platforms == "cpu",
+    reason="this jax has no interpreter for Mosaic GPU kernels",
+)
 
-test_real = kernel_tests(spec(XLA))
-test_pairs = kernel_tests(spec(XLA, **PAIRS))
-test_reverse = kernel_tests(spec(XLA, op=turned(linear_scan, "a", "x", "resets")))
-# The TPU interpreter's callbacks go through neither vmap nor remat: see the test below.
-test_tpu_real = kernel_tests(spec(TPU, block=8, skip=("vmap", "remat")))
+test_xla = kernel_tests(spec(XLA))
+test_xla_pairs = kernel_tests(spec(XLA, **PAIRS, skip=(*ONCE, "reference-T3", "reference-T4")))
+test_xla_reverse = kernel_tests(spec(XLA, **REVERSE, skip=(*ONCE, "reference-T3", "reference-T4")))
+# The interpreters go neither through vmap nor remat (TPU), remat nor shard_map (GPU): see below.
+# They are slow, too: "split" implies "prefix", and how states begin is not up to the kernels.
+test_tpu = kernel_tests(
+    spec(
+        TPU,
+        block=8,
+        skip=("vmap", "remat", "prefix", "state", "no_state", "reference-T7", "reference-T8"),
+    )
+)
+test_tpu_pairs_reverse = pytest.mark.slow(
+    kernel_tests(spec(TPU, block=8, **PAIRS_REVERSE, skip=ONCE))
+)
+test_gpu = needs_gpu_interpreter(kernel_tests(spec(GPU, block=8, skip=("remat", "shard_map"))))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("check", [check_vmap, check_remat])
 def test_tpu_kernel_under_vmap_and_remat(check, monkeypatch):
     """By Pallas' plain interpreter, which knows nothing of TPUs but goes through both."""
     monkeypatch.setattr(dispatch, "interpret", lambda platform: True)
     check(spec(TPU, block=8), "pallas_tpu")
+
+
+@needs_gpu_interpreter
+@pytest.mark.slow
+@pytest.mark.parametrize("changes", [{}, REVERSE, PAIRS, PAIRS_REVERSE])
+def test_gpu_kernel_in_chunks(changes, monkeypatch):
+    """Time cut into chunks that are joined again, forwards and backwards; a last one cut short."""
+    monkeypatch.setattr(pallas_gpu, "MIN_TILES", 1)
+    monkeypatch.setattr(pallas_gpu, "PROGRAMS", 4)
+    of_pairs = "a_re" in changes.get("time_axis", ())
+    wide = lambda *args: (make_pairs if of_pairs else make_inputs)(*args, width=130)
+    chunked = spec(GPU, block=8, **{**changes, "make": wide})
+    check_reference(chunked, "pallas_gpu", 37)
+    check_padding(chunked, "pallas_gpu")
+
+
+def test_gpu_kernel_chooses_chunks():
+    """Enough rows and channels: one pass. Too few: at least 264 programs, unless T is too short."""
+    assert pallas_gpu.chunk_tiles(programs=128, tiles=256) == 256
+    assert 8 * -(-4096 // pallas_gpu.chunk_tiles(programs=8, tiles=4096)) >= 264
+    assert pallas_gpu.chunk_tiles(programs=1, tiles=15) == 15
+    assert pallas_gpu.chunk_tiles(programs=1, tiles=64) == pallas_gpu.MIN_TILES
+
+
+def gpu_loss(*args, reverse=False):
+    h, last = linear_scan(*args[:2], state=args[2], reverse=reverse, implementation="pallas_gpu")
+    return sum(jnp.sum(p.astype(jnp.float32) ** 2) for p in jax.tree.leaves((h, last)))
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize(
+    "shape, paired, reverse",
+    [((4, 128, 4096), False, False), ((1, 4096, 300), True, True), ((2, 5, 3), False, True)],
+)
+def test_gpu_kernel_lowers_for_cuda(shape, paired, reverse, dtype):
+    """With gradients: one pass, chunks with ragged ends, and less than a tile."""
+    one = lambda z: (z, z) if paired else z
+    x = one(jax.ShapeDtypeStruct(shape, dtype))
+    state = one(jax.ShapeDtypeStruct((shape[0], shape[2]), jnp.float32))
+    loss = functools.partial(gpu_loss, reverse=reverse)
+    text = lower_for_cuda(jax.value_and_grad(loss, argnums=(0, 1, 2)), x, x, state)
+    assert "mosaic_gpu" in text
+
+
+@pytest.mark.parametrize("how", ["vmap", "remat", "rows", "time"])
+def test_gpu_kernel_lowers_under_transformations(how):
+    """vmap, jax.checkpoint, and shard_map over rows or time, with gradients."""
+    x = jax.ShapeDtypeStruct((2, 64, 256), jnp.bfloat16)
+    state = jax.ShapeDtypeStruct((2, 256), jnp.float32)
+    args, op = (x, x, state), gpu_loss
+    if how == "vmap":
+        args = tuple(jax.ShapeDtypeStruct((3, *z.shape), z.dtype) for z in args)
+        op = lambda *z: jnp.sum(jax.vmap(gpu_loss)(*z))
+    elif how == "remat":
+        op = jax.checkpoint(gpu_loss)
+    elif how == "rows":
+        rows = jax.shard_map(
+            lambda *z: gpu_loss(*z)[None], in_specs=P("data"), out_specs=P("data"), check_vma=True
+        )
+        op = lambda *z: jnp.sum(rows(*z))
+    else:
+        cut = P(None, "data")
+        parts = jax.shard_map(
+            lambda a, x, s: linear_scan_sharded(
+                a, x, state=s, axis_name="data", implementation="pallas_gpu"
+            ),
+            in_specs=(cut, cut, P()), out_specs=(cut, P()), check_vma=True,
+        )  # fmt: skip
+        op = lambda *z: sum(jnp.sum(p.astype(jnp.float32)) for p in parts(*z))
+    assert "mosaic_gpu" in lower_for_cuda(jax.grad(op, argnums=(0, 1, 2)), *args)
 
 
 def loop(a, x, state, resets, lengths, reverse):
@@ -144,11 +249,12 @@ def test_float32_decays_of_bfloat16_inputs():
     """A wide decay stays wide: 0.99 over 400 steps is 0.018, which bfloat16 makes 0.0089."""
     a = jnp.full((1, 400, 1), 0.99, jnp.float32)
     x = jnp.zeros((1, 400, 1), jnp.bfloat16)
-    f = lambda a: linear_scan(a, x, state=jnp.ones((1, 1)))
-    (h, last), vjp = jax.vjp(f, a)
+    run = lambda a: linear_scan(a, x, state=jnp.ones((1, 1)))
+    h, last = jax.jit(run)(a)
     assert h.dtype == jnp.bfloat16 and last.dtype == jnp.float32
     np.testing.assert_allclose(last, 0.99**400, rtol=1e-4)
-    assert vjp((h, last))[0].dtype == jnp.float32
+    grad = jax.eval_shape(lambda a: jax.vjp(run, a)[1](run(a))[0], a)
+    assert grad.dtype == jnp.float32
 
 
 def test_long_scans_neither_overflow_nor_drift():
@@ -175,8 +281,17 @@ def weighted(op, weights):
 
 
 @pytest.mark.parametrize("reverse", [False, True])
-@pytest.mark.parametrize("shards, paired", [(1, False), (2, True), (4, False), (8, False)])
-def test_sharded_time_equals_one_device(shards, paired, reverse):
+@pytest.mark.parametrize(
+    "shards, paired, implementation",
+    [
+        (8, False, None),
+        pytest.param(1, False, None, marks=pytest.mark.slow),
+        pytest.param(2, True, None, marks=pytest.mark.slow),
+        pytest.param(4, False, None, marks=pytest.mark.slow),
+        pytest.param(2, False, "pallas_tpu", marks=pytest.mark.slow),
+    ],
+)
+def test_sharded_time_equals_one_device(shards, paired, implementation, reverse):
     """Values and the gradients of everything, with resets and a state, a shard of one row too."""
     one, other = (make_inputs(np.random.default_rng(i), 8, np.float32) for i in range(2))
     resets = one["resets"]
@@ -190,7 +305,7 @@ def test_sharded_time_equals_one_device(shards, paired, reverse):
 
     def spread_out(a, x, s):
         local = lambda a, x, r, s: linear_scan_sharded(
-            a, x, state=s, resets=r, axis_name="time", **options
+            a, x, state=s, resets=r, axis_name="time", implementation=implementation, **options
         )
         mesh = auto_mesh((shards,), ("time",))
         specs = {"in_specs": (cut, cut, cut, P()), "out_specs": (cut, P())}

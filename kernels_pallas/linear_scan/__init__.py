@@ -40,8 +40,9 @@ def linear_scan(
     """h_t = a_t h_{t-1} + x_t over T steps, channel by channel.
 
     Args:
-        a: [B, T, D] decays (any values that keep h finite), or a pair (re, im) of such arrays, for
-            complex a. May be wider than x (float32 decays of bfloat16 inputs).
+        a: [B, T, D] decays, or a pair (re, im) of such arrays, for complex a. Any values whose
+            products over stretches of time stay finite. May be wider than x (float32 decays of
+            bfloat16 inputs).
         x: inputs, shaped like a, a pair if a is one.
         state: [B, D] the state before the first step, float32, a pair if a is one; None is zero.
         resets: [B, T] bool: True where a new sequence begins, that is where no state enters.

@@ -27,8 +27,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from .. import dispatch
-from ..compat import gpu_kernel, out_like
+from ..compat import gpu_kernel, out_like, vary
 from .pairs import Parts, add, conj, mul, with_gradient
+from .xla import reduce_steps
 
 LANES = 128  # channels of a program
 GROUP = 8  # steps loaded at once
@@ -217,7 +218,8 @@ def _summary_body(*refs, plan: _Plan, adjoint: bool):
 
 def _enter(plan: _Plan, b: Any, c: Any, lane: Any, first: Any, joined: list[Any]) -> Parts:
     """The state before this chunk: `first` [B, D], later the scanned summaries [B, chunks, D]."""
-    start = _load(first, (b, lane))
+    # Times one, which the compiler drops: a loop's carry must not be typed as varying over a mesh.
+    start = tuple(part * _constant(1) for part in _load(first, (b, lane)))
     if not joined:
         return start
     before = _load(joined[0], (b, jnp.maximum(c - 1, 0), lane))
@@ -324,7 +326,7 @@ def _call(body, plan, inputs, outs, streams, stages, flops, **options):
     smem = lambda parts, slots: [plgpu.SMEM((slots, plan.rows, LANES), p.dtype) for p in parts]
     barrier = plgpu.Barrier(num_arrivals=len(streams[0]), num_barriers=stages)
     batch, steps, width = plan.grid[0], plan.t_len, plan.width
-    return gpu_kernel(
+    kernel = gpu_kernel(
         functools.partial(body, plan=plan, **options),
         out_type=tuple(outs),
         scratch_types=[*smem(streams[0], stages), *smem(streams[1], 2), barrier],
@@ -336,24 +338,32 @@ def _call(body, plan, inputs, outs, streams, stages, flops, **options):
         grid=plan.grid,
         grid_names=("b", "c", "d"),
         interpret=dispatch.interpret("gpu"),
-    )(*inputs)
+    )
+    return vary(kernel(*inputs), inputs)  # Mosaic GPU's wrapper forgets what its outputs vary over
 
 
-def _joined(plan: _Plan, a: Parts, x: Parts, first: Parts, adjoint: bool) -> Parts:
-    """The state after each chunk [B, chunks, D], of padded operands; () if there is one chunk."""
-    if plan.chunks == 1:
-        return ()
+def _chunk_steps(plan: _Plan, a: Parts, x: Parts, adjoint: bool) -> tuple[Parts, Parts]:
+    """Each chunk of padded operands as one step, [B, chunks, D] in order of processing."""
     shape = (plan.grid[0], plan.chunks, plan.lanes)
     outs = [out_like(x[0], shape, jnp.float32)] * 2 * plan.n
     steps = _call(
         _summary_body, plan, (*a, *x), outs, ((*a, *x), ()), STAGES["forward"],
         (3, 14)[plan.n - 1], adjoint=adjoint,
     )  # fmt: skip
-    return scan_forward(tuple(steps[: plan.n]), tuple(steps[plan.n :]), first, False)[0]
+    return tuple(steps[: plan.n]), tuple(steps[plan.n :])
+
+
+def _joined(plan: _Plan, a: Parts, x: Parts, first: Parts, adjoint: bool) -> Parts:
+    """The state after each chunk [B, chunks, D], of padded operands; () if there is one chunk."""
+    if plan.chunks == 1:
+        return ()
+    return scan_forward(*_chunk_steps(plan, a, x, adjoint), first, False)[0]
 
 
 def scan_forward(a, x, state, reverse):
     """Forward pass, as `pairs.with_gradient` takes it."""
+    if state[0].dtype != jnp.float32:
+        raise ValueError("linear_scan: pallas_gpu has no float64; use xla")
     n, (_, t_len, width) = len(a), x[0].shape
     plan = _Plan((*a, *x), n, not reverse)
     a, x, state = plan.pad(a), plan.pad(x), plan.pad_state(state)
@@ -384,6 +394,15 @@ def scan_backward(a, h, state, ct, ct_last, reverse):
     return cut(da), cut(dx), tuple(p[:, :width] for p in dstate)
 
 
+def scan_summary(a: Parts, x: Parts, reverse: bool, *, adjoint: bool) -> tuple[Parts, Parts]:
+    """All steps as one, as `xla.scan_summary`, in one pass over a and x."""
+    plan = _Plan((*a, *x), len(a), not reverse)
+    steps = _chunk_steps(plan, plan.pad(a), plan.pad(x), adjoint)
+    cut = lambda parts: tuple(p[:, : x[0].shape[2]] for p in parts)
+    product, last = reduce_steps(*steps, reverse=False)
+    return cut(product), cut(last)
+
+
 _differentiable = with_gradient(scan_forward, scan_backward)
 
 
@@ -396,6 +415,4 @@ def linear_scan_gpu(a: Parts, x: Parts, state: Parts, reverse: bool) -> tuple[Pa
     Raises:
         ValueError: float64 operands.
     """
-    if state[0].dtype != jnp.float32:
-        raise ValueError(f"pallas_gpu: the operands are {x[0].dtype}; use xla for float64")
     return _differentiable(a, x, state, reverse)

@@ -16,14 +16,15 @@ from jax import Array, lax
 
 from .. import dispatch
 from ..compat import vary, varying_axes
-from . import pallas_tpu, xla
+from . import pallas_gpu, pallas_tpu, xla
 from .operands import prepare
-from .pairs import Parts, add, cast, combine, conj, mul
+from .pairs import Parts, add, mul
 
-# implementation -> its forward and backward pass, as `with_gradient` takes them
+# implementation -> its forward and backward pass, as `with_gradient` takes them, and its summary
 PASSES = {
-    "xla": (xla.scan_forward, xla.scan_backward),
-    "pallas_tpu": (pallas_tpu.scan_forward, pallas_tpu.scan_backward),
+    "xla": (xla.scan_forward, xla.scan_backward, xla.scan_summary),
+    "pallas_tpu": (pallas_tpu.scan_forward, pallas_tpu.scan_backward, xla.scan_summary),
+    "pallas_gpu": (pallas_gpu.scan_forward, pallas_gpu.scan_backward, pallas_gpu.scan_summary),
 }
 
 
@@ -81,8 +82,7 @@ def _entering(product: Parts, leaving: Parts, first: Parts, axis_name: str, reve
 
 
 def _forward(axis_name, passes, reverse, a, x, state):
-    acc = state[0].dtype
-    summary = reduce_steps(cast(a, acc), cast(x, acc), reverse)
+    summary = passes[2](a, x, reverse, adjoint=False)
     enter = _entering(*summary, state, axis_name, reverse)
     return passes[0](a, x, enter, reverse), (a, enter)
 
@@ -99,10 +99,8 @@ def _rule_forward(*args):
 def _rule_backward(axis_name, passes, reverse, saved, cotangents):
     a, h, enter = saved
     ct, ct_last = cotangents
-    acc = enter[0].dtype
     # s_t = conj(a_t) (ct_t + s_{t+1}) is what leaves step t, against time; ct_last enters last.
-    wide = conj(cast(a, acc))
-    product, leaving = reduce_steps(wide, mul(wide, cast(ct, acc)), not reverse)
+    product, leaving = passes[2](a, ct, not reverse, adjoint=True)
     leaving = add(leaving, mul(product, ct_last))
     zero = jax.tree.map(jnp.zeros_like, enter)
     ct_last = add(ct_last, _entering(product, leaving, zero, axis_name, not reverse))
@@ -113,15 +111,3 @@ def _rule_backward(axis_name, passes, reverse, saved, cotangents):
 
 _scan = jax.custom_vjp(_scan_only, nondiff_argnums=(0, 1, 2))
 _scan.defvjp(_rule_forward, _rule_backward)
-
-
-def reduce_steps(a: Parts, x: Parts, reverse: bool) -> tuple[Parts, Parts]:
-    """All steps as one: the product of a and the last state from zero, [B, D] each."""
-    while a[0].shape[1] > 1:
-        if a[0].shape[1] % 2:  # one step more that changes nothing
-            pad = lambda z, value: jnp.pad(z, ((0, 0), (0, 1), (0, 0)), constant_values=value)
-            a = tuple(pad(part, 1 - i) for i, part in enumerate(a))
-            x = tuple(pad(part, 0) for part in x)
-        even, odd = (tuple(tuple(p[:, i::2] for p in z) for z in (a, x)) for i in (0, 1))
-        a, x = combine(odd, even) if reverse else combine(even, odd)
-    return tuple(p[:, 0] for p in a), tuple(p[:, 0] for p in x)

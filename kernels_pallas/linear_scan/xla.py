@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from .pairs import Parts, cast, combine, conj, mul, with_gradient
+from .pairs import Parts, accumulator, cast, combine, conj, mul, with_gradient
 
 
 def neighbour(z: Parts, edge: Parts, reverse: bool) -> Parts:
@@ -56,6 +56,30 @@ def scan_backward(a, h, state, ct, ct_last, reverse):
     first = -1 if reverse else 0
     dstate = mul(tuple(part[:, first] for part in wide), tuple(part[:, first] for part in g))
     return cast(mul(g, conj(before)), a[0].dtype), cast(g, h[0].dtype), dstate
+
+
+def reduce_steps(a: Parts, x: Parts, reverse: bool) -> tuple[Parts, Parts]:
+    """All steps as one: the product of a and the last state from zero, [B, D] each."""
+    while a[0].shape[1] > 1:
+        if a[0].shape[1] % 2:  # one step more that changes nothing
+            pad = lambda z, value: jnp.pad(z, ((0, 0), (0, 1), (0, 0)), constant_values=value)
+            a = tuple(pad(part, 1 - i) for i, part in enumerate(a))
+            x = tuple(pad(part, 0) for part in x)
+        even, odd = (tuple(tuple(p[:, i::2] for p in z) for z in (a, x)) for i in (0, 1))
+        a, x = combine(odd, even) if reverse else combine(even, odd)
+    return tuple(p[:, 0] for p in a), tuple(p[:, 0] for p in x)
+
+
+def scan_summary(a: Parts, x: Parts, reverse: bool, *, adjoint: bool) -> tuple[Parts, Parts]:
+    """All steps as one: the product of the decays, and the last state from zero; [B, D] each.
+
+    `adjoint`: of the steps s = conj(a) (x + s) instead of h = a h + x.
+    """
+    acc = accumulator(*a, *x)
+    a, x = cast(a, acc), cast(x, acc)
+    return (
+        reduce_steps(conj(a), mul(conj(a), x), reverse) if adjoint else reduce_steps(a, x, reverse)
+    )
 
 
 _differentiable = with_gradient(scan_forward, scan_backward)
