@@ -44,10 +44,11 @@ def test_compiles_at_odd_sizes(t_len, width, dtype):
     compile_for("v5e", training(), *operands(t_len, width, dtype))
 
 
-def test_float32_decays_of_bfloat16_inputs_and_vmap():
+def test_float32_decays_of_bfloat16_inputs_vmap_and_remat():
     a, _, state = operands()
     x = jax.ShapeDtypeStruct(a.shape, jnp.bfloat16)
     compile_for("v5e", training(), a, x, state)
+    compile_for("v5e", jax.checkpoint(training()), a, x, state)
     many = lambda z: jax.ShapeDtypeStruct((3, *z.shape), z.dtype)
     compile_for("v5e", jax.vmap(training()), *(many(z) for z in (a, x, state)))
 
