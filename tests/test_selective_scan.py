@@ -7,17 +7,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.sharding import PartitionSpec as P
 
 from lintime.kernels_pallas import selective_scan as package
 from lintime.kernels_pallas.compat import auto_mesh, enable_x64
 from lintime.kernels_pallas.selective_scan import (
+    fused,
+    pallas_gpu,
     pallas_tpu,
     selective_scan,
     selective_scan_step,
 )
 from lintime.kernels_pallas.selective_scan.sharded import selective_scan_sharded
 
+from .aot import lower_for_cuda
 from .kernel_base import Spec, assert_close, kernel_tests
 
 ROWS = 2
@@ -58,9 +62,8 @@ def make_inputs(
         "z": draw(ROWS, length, width),
         "delta_bias": draw(width).astype(wide),
         "resets": rng.random((ROWS, length)) < 0.15,
-        "state": np.zeros((ROWS, width, states), wide) + 0 * decay.astype(decay.dtype)[:0].sum(),
     }
-    inputs["state"] = inputs["state"].astype(inputs["A"].dtype)
+    inputs["state"] = np.zeros((ROWS, width, states), inputs["A"].dtype)
     return {k: v for k, v in inputs.items() if k not in leave_out}
 
 
@@ -86,39 +89,41 @@ def spec(
     )
 
 
-test_forward = kernel_tests(spec(("xla",), delta_softplus=True))
-test_reverse = kernel_tests(
-    spec(
-        ("xla",),
-        causal=False,
-        delta_softplus=True,
-        reverse=True,
-        shape={"groups": 2},
-        # As forward; the flip does not depend on them.
-        skip=("vmap", "remat", "shard_map", "state", "no_state", "bfloat16")
-        + ("reference-T3", "reference-T4"),
-    )
+slow = pytest.mark.slow
+# On a GPU its kernels run as they are; on a CPU in an interpreter that older jax does not have.
+needs_gpu_interpreter = pytest.mark.skipif(
+    not hasattr(plgpu, "InterpretGPUParams") and jax.config.jax_platforms == "cpu",
+    reason="this jax has no interpreter for Mosaic GPU kernels",
 )
-
-
-def slow(test):
-    return pytest.mark.slow(test)
-
-
-# The interpreters are slow. The ordinary run takes all features once over several blocks.
-LENGTHS = tuple(f"reference-T{n}" for n in (1, 3, 4, 5))
+# The reversed recurrence differs in its values; the rest does not depend on the direction.
+ONCE = ("vmap", "remat", "shard_map", "state", "no_state", "bfloat16")
 COSTLY = ("bfloat16", "vmap", "remat", "shard_map", "no_state", "padding", "causality", "split")
-test_tpu = kernel_tests(
-    spec(("pallas_tpu",), delta_softplus=True, skip=(*LENGTHS, *COSTLY, "prefix"))
+LENGTHS = tuple(f"reference-T{n}" for n in (1, 3, 4, 5))
+
+XLA = functools.partial(spec, ("xla",), delta_softplus=True)
+MORE = ("reference-T3", "reference-T4", "reference-T5", "prefix", "remat", "no_state")
+REST = ("reference-T1", "reference-T11", "state", "bfloat16", "vmap", "shard_map", "padding")
+test_forward = kernel_tests(XLA(skip=MORE))
+test_forward_more = slow(kernel_tests(XLA(skip=(*REST, "causality", "split"))))
+test_reverse = kernel_tests(
+    XLA(causal=False, reverse=True, shape={"groups": 2}, skip=(*ONCE, *LENGTHS))
 )
+# The interpreters are slow: the ordinary run takes every feature once, over several blocks. What
+# they do not go through, remat (both) and shard_map (GPU), is compiled or lowered instead.
+TPU = functools.partial(spec, ("pallas_tpu",), delta_softplus=True)
+test_tpu = kernel_tests(TPU(skip=(*LENGTHS, *COSTLY, "prefix")))
 test_tpu_more = slow(
     kernel_tests(
-        spec(
-            ("pallas_tpu",),
-            delta_softplus=True,
-            # remat: jax.checkpoint refuses the interpreter's effects; tests/aot compiles it instead.
-            skip=("state", "reference-T11", "reference-T3", "reference-T5", "prefix", "remat"),
-        )
+        TPU(skip=("state", "reference-T11", "reference-T3", "reference-T5", "prefix", "remat"))
+    )
+)
+GPU = functools.partial(spec, ("pallas_gpu",), delta_softplus=True, block=16)
+test_gpu = needs_gpu_interpreter(
+    kernel_tests(GPU(skip=(*(f"reference-T{n}" for n in (1, 15, 16, 17)), *COSTLY, "prefix")))
+)
+test_gpu_more = slow(
+    needs_gpu_interpreter(
+        kernel_tests(GPU(skip=("state", "reference-T37", "prefix", "remat", "shard_map")))
     )
 )
 
@@ -163,7 +168,13 @@ OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize(
+    "options",
+    [
+        k if k in ("all, reverse", "complex groups") else pytest.param(k, marks=slow)
+        for k in OPTIONS
+    ],
+)
 def test_equals_the_definition(options):
     """Loops in float64 agree to 1e-12; the XLA form's gradients are those of the reference."""
     shape, flags = OPTIONS[options]
@@ -193,24 +204,41 @@ def test_equals_the_definition(options):
 
 
 KERNEL_OPTIONS = {
-    "plain": ({"leave_out": ("D", "z", "delta_bias", "resets")}, {}),
+    "plain": ({"leave_out": ("D", "z", "delta_bias", "resets")}, {}, {}),
     "groups, reverse": (
         {"groups": 2, "leave_out": ("D",)},
         {"delta_softplus": True, "reverse": True},
+        {},
     ),
-    "channel blocks": ({"width": 384, "leave_out": ("z",)}, {"delta_softplus": True}),
+    "channel blocks": ({"width": 384, "leave_out": ("z",)}, {"delta_softplus": True}, {}),
+    "chunks": ({"length": 90, "states": 20}, {"delta_softplus": True}, {"split": (2, 3)}),
+    "chunks, reverse": (
+        {"length": 90, "groups": 2, "leave_out": ("z",)},
+        {"delta_softplus": True, "reverse": True},
+        {"split": (3, 2)},
+    ),
 }
 
 
 @pytest.mark.parametrize(
-    "options",
-    ["plain", "groups, reverse", pytest.param("channel blocks", marks=pytest.mark.slow)],
+    "implementation, options",
+    [
+        *(
+            pytest.param("pallas_tpu", k, marks=slow)
+            for k in ("plain", "groups, reverse", "channel blocks")
+        ),
+        *(
+            pytest.param("pallas_gpu", k, marks=(slow, needs_gpu_interpreter))
+            for k in KERNEL_OPTIONS
+        ),
+    ],
 )
-@pytest.mark.parametrize("implementation", ["pallas_tpu"])
 def test_kernel_options(implementation, options):
     """Outputs, state and gradients of a kernel are those of the definition."""
-    shape, flags = KERNEL_OPTIONS[options]
-    inputs = make_inputs(np.random.default_rng(3), 9, np.float32, **shape)
+    shape, flags, sizes = KERNEL_OPTIONS[options]
+    shape = {"length": 9, **shape}
+    inputs = make_inputs(np.random.default_rng(3), dtype=np.float32, **shape)
+    sizes = {**SIZES, "pallas_gpu": sizes}
     if not flags:
         inputs["delta"] = np.abs(inputs["delta"])  # decays, not growth
     rng = np.random.default_rng(4)
@@ -218,7 +246,7 @@ def test_kernel_options(implementation, options):
     resets = {k: inputs.pop(k) for k in ("resets",) if k in inputs}
 
     def loss(moving, implementation):
-        result = op(**moving, **resets, **flags, implementation=implementation, sizes=SIZES)
+        result = op(**moving, **resets, **flags, implementation=implementation, sizes=sizes)
         return sum(jnp.sum(a * c) for a, c in zip(result, cotangent, strict=True)), result
 
     run = jax.jit(jax.grad(loss, has_aux=True), static_argnums=1)
@@ -261,7 +289,13 @@ def check_extreme(implementation, sizes, length=24):
 
 
 @pytest.mark.parametrize(
-    "implementation", ["reference", "xla", pytest.param("pallas_tpu", marks=pytest.mark.slow)]
+    "implementation",
+    [
+        "reference",
+        "xla",
+        pytest.param("pallas_tpu", marks=slow),
+        pytest.param("pallas_gpu", marks=(slow, needs_gpu_interpreter)),
+    ],
 )
 def test_extreme_steps_and_decays(implementation):
     check_extreme(implementation, SIZES)
@@ -313,9 +347,8 @@ def test_backward_keeps_only_boundary_states():
     "shards, reverse",
     [
         (8, False),
-        (2, True),
-        *(pytest.param(*pair, marks=pytest.mark.slow) for pair in ((1, False), (4, True))),
-        *(pytest.param(*pair, marks=pytest.mark.slow) for pair in ((2, False), (8, True))),
+        *(pytest.param(*pair, marks=slow) for pair in ((1, False), (2, True), (4, True))),
+        *(pytest.param(*pair, marks=slow) for pair in ((2, False), (8, True))),
     ],
 )
 def test_sharded(shards, reverse):
@@ -343,3 +376,84 @@ def test_sharded(shards, reverse):
         return jax.tree.map(np.asarray, jax.jit(jax.grad(loss, has_aux=True))(moving))
 
     assert_close(run(sharded), run(lambda a: selective_scan(**a, **flags)), 1e-5, "sharded ")
+
+
+def test_short_functions():
+    """The kernels' softplus and sigmoid: relative error of e^x by 2^x, no more."""
+    x = np.concatenate([np.linspace(-90, 90, 20001), np.linspace(-1, 1, 2001)]).astype(np.float32)
+    exact = np.log1p(np.exp(-np.abs(x.astype(np.float64)))) + np.maximum(x, 0)
+    bound = 1e-37 + exact * 1e-7 * (4 + np.abs(x))
+    assert (np.abs(fused.softplus_short(x) - exact) <= bound).all()
+    assert (np.asarray(fused.softplus_short(x))[x > 20] == x[x > 20]).all()
+    assert fused.softplus_short(jnp.float32(fused.NO_STEP)) == 0
+    exact = 1 / (1 + np.exp(-x.astype(np.float64)))
+    bound = 1e-37 + exact * 1e-7 * (8 + np.abs(x))
+    assert (np.abs(fused.sigmoid_short(x) - exact) <= bound).all()
+    assert np.isfinite(np.asarray(fused.sigmoid_short(np.float32([-1e4, 1e4])))).all()
+
+
+def test_gpu_kernel_chooses_chunks():
+    """One pass where rows and channels make enough programs, or where T is short."""
+    assert pallas_gpu.chunks(programs=256, tiles=128, few=128) == 1
+    assert pallas_gpu.chunks(programs=32, tiles=4096, few=128) == 8
+    assert pallas_gpu.chunks(programs=1, tiles=15, few=128) == 1
+    assert pallas_gpu.per_lane(16) == 4 and pallas_gpu.per_lane(64) == 1
+    assert pallas_gpu.per_lane(16, programs=128) == 1 and pallas_gpu.per_lane(16, 1024) == 2
+
+
+def gpu_loss(inputs, resets=None, **options):
+    out, state = selective_scan(
+        **inputs, resets=resets, delta_softplus=True, implementation="pallas_gpu", **options
+    )
+    return jnp.sum(out.astype(jnp.float32) ** 2) + jnp.sum(state)
+
+
+def described(*args, dtype=jnp.bfloat16, **options):
+    """Shapes of inputs, the time-varying ones in `dtype`, without resets."""
+    inputs = make_inputs(np.random.default_rng(0), *args, np.float32, **options)
+    inputs.pop("resets", None)
+    cast = lambda k: dtype if k in ("u", "delta", "B", "C", "z") else jnp.float32
+    return {k: jax.ShapeDtypeStruct(v.shape, cast(k)) for k, v in inputs.items()}
+
+
+@pytest.mark.parametrize("how", ["usual", "options", "remat", "rows", "time", "vmap"])
+def test_gpu_kernels_lower_for_cuda(how):
+    """With gradients: all options, and inside jax's transformations."""
+    inputs, op = described(70, width=256, states=16), gpu_loss
+    if how == "options":
+        inputs = described(2048, width=130, groups=2, dtype=jnp.float32, leave_out=("z",))
+        op = lambda x: gpu_loss(x, resets=x["u"][:, :, 0] > 0, reverse=True)
+    elif how == "remat":
+        op = jax.checkpoint(gpu_loss)
+    elif how == "vmap":
+        inputs = jax.tree.map(lambda a: jax.ShapeDtypeStruct((2, *a.shape), a.dtype), inputs)
+        op = lambda x: jnp.sum(jax.vmap(gpu_loss)(x))
+    elif how == "rows":
+        moving = ("u", "delta", "B", "C", "z", "state")
+        specs = {k: P("data") if k in moving else P() for k in inputs}
+        rows = jax.shard_map(
+            lambda x: gpu_loss(x)[None], in_specs=(specs,), out_specs=P("data"), check_vma=True
+        )
+        op = lambda x: jnp.sum(rows(x))
+    elif how == "time":
+        cut = P(None, "data")
+        specs = {k: cut if k in ("u", "delta", "B", "C", "z") else P() for k in inputs}
+        flags = {"axis_name": "data", "delta_softplus": True, "implementation": "pallas_gpu"}
+        parts = jax.shard_map(
+            lambda x: selective_scan_sharded(**x, **flags),
+            in_specs=(specs,), out_specs=(cut, P()), check_vma=True,
+        )  # fmt: skip
+        op = lambda x: sum(jnp.sum(p.astype(jnp.float32)) for p in parts(x))
+    assert "mosaic_gpu" in lower_for_cuda(jax.grad(op), inputs)
+
+
+def test_kernels_refuse_what_they_do_not_compute():
+    for name in ("pallas_tpu", "pallas_gpu"):
+        for shape, reason in (
+            ({"complex_a": True}, "complex A"),
+            ({"constant": True}, "constant over time"),
+            ({"states": 200}, "200 states"),
+        ):
+            inputs = make_inputs(np.random.default_rng(0), 3, np.float32, **shape)
+            with pytest.raises(ValueError, match=f"{name} does not take .*{reason}"):
+                selective_scan(**inputs, implementation=name)

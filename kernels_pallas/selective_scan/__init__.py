@@ -19,6 +19,7 @@ from .. import dispatch
 from ..compat import vary
 from ..time_axis import fill_invalid
 from .fused import NO_STEP
+from .pallas_gpu import selective_scan_gpu
 from .pallas_tpu import selective_scan_tpu
 from .reference import selective_scan_reference, selective_scan_step
 from .xla import selective_scan_xla
@@ -27,6 +28,7 @@ IMPLEMENTATIONS = {
     "reference": selective_scan_reference,
     "xla": selective_scan_xla,
     "pallas_tpu": selective_scan_tpu,
+    "pallas_gpu": selective_scan_gpu,
 }
 
 

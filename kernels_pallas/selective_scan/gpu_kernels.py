@@ -1,0 +1,284 @@
+"""The kernels of the selective scan on Hopper GPUs (Pallas Mosaic GPU); see pallas_gpu.py.
+
+A program is one warpgroup with 32 V channels of a row. The N states of a channel are split over its
+four warps, J = N/4 each, and the channels over the lanes, V each, so that a thread holds J V states
+in registers: nothing is exchanged between threads in a step. Arrays of states are [4, J, 32 V]
+(warp, state of the warp, channel). Per tile of 16 steps:
+
+    per step and channel: step sizes, inputs, gates, spread over all threads, into shared memory
+    the recurrence, each warp at its own pace; a warp's share of y = sum_n C h to shared memory
+    per step and channel: the four shares added, skip and gate
+
+Barriers stand between these parts only; Pallas' own, around every store, are switched off.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from .. import dispatch
+from ..compat import gpu_kernel, out_like, vary
+from .fused import LOG2E, sigmoid_short, softplus_short
+
+WARPS, WARP = 4, 32
+TILE = 16  # steps of a tile, and between two saved states
+STAGES = 2  # tiles in flight in the forward direction
+SUB = 4  # steps whose states and decays the backward pass holds in registers
+
+
+class Layouts:
+    """Which thread holds what, for J states a warp and V channels a lane."""
+
+    def __init__(self, j: int, v: int):
+        self.channels = WARP * v
+        self.shape = (WARPS, j, self.channels)
+        tiling = plgpu.Tiling((self.shape, (j, v)))
+        options = {"warp_dims": (-5,), "lane_dims": (-3,), "vector_dim": -1}
+        self.state = plgpu.Layout.TILED(tiling, **options)
+        self.share = self.state.reduce((1,))  # [4, channels]: a warp a row
+        self.row = self.state.reduce((0, 1))  # [channels]: the same in every warp
+        self.column = self.state.reduce((2,))  # [4, J]: the same in every lane
+
+    def rows(self, ref):
+        """Four steps [4, channels] in float32, a warp a step."""
+        return plgpu.layout_cast(ref[...], self.share).astype(jnp.float32)
+
+    def states(self, ref):
+        return plgpu.layout_cast(ref[...], self.state)
+
+    def along_states(self, ref):
+        """One value per channel, for every state."""
+        return self._spread(plgpu.layout_cast(ref[...], self.row), (2,))
+
+    def along_channels(self, ref):
+        """One value per state, for every channel."""
+        return self._spread(plgpu.layout_cast(ref[...], self.column), (0, 1))
+
+    def _spread(self, value, axes):
+        return plgpu.layout_cast(lax.broadcast_in_dim(value, self.shape, axes), self.state)
+
+    def over_steps(self, value):
+        """[channels] for four steps."""
+        shape = (WARPS, self.channels)
+        return plgpu.layout_cast(lax.broadcast_in_dim(value, shape, (1,)), self.share)
+
+    def once(self, source, smem, barrier, layout):
+        """A piece of HBM in registers; `smem` may be used again afterwards."""
+        plgpu.copy_gmem_to_smem(source, smem, barrier)
+        plgpu.barrier_wait(barrier)
+        value = plgpu.layout_cast(smem[...], layout)
+        plgpu.commit_smem()
+        # Times one, which the compiler drops: a loop's carry must not be typed as varying.
+        return value * plgpu.layout_cast(jnp.ones(value.shape, value.dtype), layout)
+
+
+def _call(name, body, grid, inputs, outputs, scratch, cost):
+    """Run body(**references) over inputs {name: array} and outputs {name: (shape, dtype)}."""
+    like = next(iter(inputs.values()))
+    names = (*inputs, *outputs, *scratch)
+    kernel = gpu_kernel(
+        lambda *refs: body(**dict(zip(names, refs, strict=True))),
+        out_type=tuple(out_like(like, *out) for out in outputs.values()),
+        scratch_types=tuple(scratch.values()),
+        cost_estimate=cost,
+        grid=grid,
+        grid_names=("r", "d"),
+        compiler_params=plgpu.CompilerParams(
+            approx_math=True,
+            unsafe_no_auto_barriers=True,
+            lowering_semantics=plgpu.LoweringSemantics.Lane,
+        ),
+        interpret=dispatch.interpret("gpu"),
+    )
+    arrays = tuple(inputs.values())
+    with jax.named_scope(name):
+        results = vary(kernel(*arrays), arrays)  # the wrapper forgets what its outputs vary over
+    return dict(zip(outputs, results, strict=True))
+
+
+def _cost(size, states, exps, flops, arrays):
+    """`exps` exponentials and `flops` per element and state; `arrays` moved once."""
+    return pl.CostEstimate(
+        flops=size * (states * flops + 40),
+        transcendentals=size * (states * exps + 3),
+        bytes_accessed=sum(a.size * a.dtype.itemsize for a in arrays),
+    )
+
+
+def _steps(refs, lay, rows, bias, use_softplus):
+    """Raw and actual step sizes of four steps."""
+    raw = lay.rows(refs.at[rows]) + bias
+    return raw, softplus_short(raw) if use_softplus else raw
+
+
+def walk(
+    static, v, u, delta, z, a, b, c, skip, bias, start, keep, *, mode, save=False
+):  # fmt: skip
+    """Run the recurrence over rows [R, T]; T is a multiple of TILE, D of 128.
+
+    Args:
+        static: (softplus, reverse).
+        v: channels per lane.
+        u, delta, z: [R, T, D]; a: [4, J, D]; b, c: [R, G, T, 4, J]; skip, bias: [D];
+            start: [R, 4, J, D]; keep: [R, T, 4] float32, 0 where a step forgets (four times, as
+            copies come in 16 bytes), or None.
+        mode: "output": y and the last state. "state": the last state only. "adjoint": of
+            s = decay (s + gy C), gy = u silu(z), with u the output's cotangent, the last s.
+        save: whether to return the state before every tile, too: [R, T/TILE, 4, J, D].
+
+    Returns:
+        dict of "out" [R, T, D], "last" [R, 4, J, D], "saved".
+    """
+    use_softplus, reverse = static
+    lay = Layouts(a.shape[1], v)
+    (rows, _, width), tiles = u.shape, u.shape[1] // TILE
+    per_group = width // b.shape[1] // lay.channels
+    down = not reverse
+    streams = {"u": u, "delta": delta, "mix": c if mode == "adjoint" else b}
+    if z is not None and mode != "state":
+        streams["z"] = z
+    if mode == "output":
+        streams["read"] = c
+    if keep is not None:
+        streams["keep"] = keep
+    weights = {"a": a, "start": start, "bias": bias} | ({"skip": skip} if mode == "output" else {})
+    outputs = {"last": (start.shape, start.dtype)}
+    if mode == "output":
+        outputs["out"] = (u.shape, u.dtype)
+    if save:
+        outputs["saved"] = ((rows, tiles, *start.shape[1:]), start.dtype)
+    tile = dict.fromkeys(("u", "delta", "z"), (TILE, lay.channels)) | {"keep": (TILE, 4)}
+    tile |= dict.fromkeys(("mix", "read"), (TILE, *a.shape[:2]))
+    scratch = {f"{k}_s": plgpu.SMEM((STAGES, *tile[k]), x.dtype) for k, x in streams.items()}
+    scratch |= {k: plgpu.SMEM((TILE, lay.channels), jnp.float32) for k in ("dt", "x")}
+    scratch |= {"whole": plgpu.SMEM(lay.shape, jnp.float32)}
+    if mode == "output":
+        scratch |= {"shares": plgpu.SMEM((TILE, WARPS, lay.channels), jnp.float32)}
+        scratch |= {"y": plgpu.SMEM((TILE, lay.channels), u.dtype)}
+    scratch |= {"full": plgpu.Barrier(num_arrivals=len(streams), num_barriers=STAGES)}
+    scratch |= {"one": plgpu.Barrier(num_arrivals=1)}
+    ahead = max(1, min(TILE, 16 // (a.shape[1] * v)))  # steps loaded before the first is stored
+
+    def body(last, whole, dt, x, full, one, **refs):
+        r, d = lax.axis_index("r"), lax.axis_index("d")
+        lane = pl.ds(d * lay.channels, lay.channels)
+        group = lax.div(d, per_group)
+
+        def source(name, rows):
+            ref = refs[name]
+            if name in ("mix", "read"):
+                return ref.at[r, group, rows]
+            return ref.at[r, rows] if name == "keep" else ref.at[r, rows, lane]
+
+        at = lambda i: i if down else tiles - 1 - i
+
+        def fetch(i, slot):
+            rows = pl.ds(at(i) * TILE, TILE)
+            for name in streams:
+                to = refs[f"{name}_s"].at[slot]
+                plgpu.copy_gmem_to_smem(source(name, rows), to, full.at[slot])
+
+        for i in range(STAGES):
+            pl.when(i < tiles)(functools.partial(fetch, i, i))
+        a = lay.once(refs["a"].at[:, :, lane], whole, one, lay.state) * LOG2E
+        h = lay.once(refs["start"].at[r, :, :, lane], whole, one, lay.state)
+        vector = lambda ref: lay.over_steps(lay.once(ref.at[lane], x.at[0], one, lay.row))
+        bias = vector(refs["bias"])
+        skip = vector(refs["skip"]) if mode == "output" else None
+
+        def prepare(slot):
+            loaded = []
+            for k in range(TILE // WARPS):
+                rows = pl.ds(WARPS * k, WARPS)
+                _, step = _steps(refs["delta_s"].at[slot], lay, rows, bias, use_softplus)
+                value = lay.rows(refs["u_s"].at[slot, rows])
+                if mode == "adjoint" and z is not None:
+                    gate = lay.rows(refs["z_s"].at[slot, rows])
+                    value = value * gate * sigmoid_short(gate)
+                loaded.append((rows, step, value if mode == "adjoint" else step * value))
+            for rows, step, value in loaded:
+                dt[rows] = step
+                x[rows] = value
+
+        def advance(slot, steps, h):
+            sizes = [lay.along_states(dt.at[t]) for t in steps]
+            values = [lay.along_states(x.at[t]) for t in steps]
+            mixes = [lay.along_channels(refs["mix_s"].at[slot, t]) for t in steps]
+            decays = [jnp.exp2(size * a) for size in sizes]
+            if keep is not None:
+                decays = [
+                    e * refs["keep_s"][slot, t, 0] for e, t in zip(decays, steps, strict=True)
+                ]
+            ys = []
+            if mode == "output":
+                reads = [lay.along_channels(refs["read_s"].at[slot, t]) for t in steps]
+            for s in range(len(steps)):
+                if mode == "adjoint":
+                    h = decays[s] * (h + values[s] * mixes[s])
+                else:
+                    h = decays[s] * h + values[s] * mixes[s]
+                if mode == "output":
+                    ys.append(jnp.sum(h * reads[s], axis=1))
+            for t, y in zip(steps, ys, strict=mode == "output"):
+                refs["shares"][t] = y
+            return h
+
+        def finish(slot):
+            y_s = refs["y"]
+            results = []
+            for k in range(TILE // WARPS):
+                rows = pl.ds(WARPS * k, WARPS)
+                y = skip * lay.rows(refs["u_s"].at[slot, rows])
+                for w in range(WARPS):
+                    y = y + lay.rows(refs["shares"].at[rows, w])
+                if z is not None:
+                    gate = lay.rows(refs["z_s"].at[slot, rows])
+                    y = y * gate * sigmoid_short(gate)
+                results.append((rows, y.astype(y_s.dtype)))
+            for rows, y in results:
+                y_s[rows] = y
+
+        def one_tile(i, h):
+            slot = lax.rem(i, STAGES)
+            plgpu.barrier_wait(full.at[slot])
+            if save:
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                whole[...] = h
+            prepare(slot)
+            plgpu.commit_smem()
+            if save:
+                plgpu.copy_smem_to_gmem(whole, refs["saved"].at[r, at(i), :, :, lane])
+
+            def some(g, h):
+                first = g * ahead
+                steps = [first + s if down else TILE - 1 - first - s for s in range(ahead)]
+                return advance(slot, steps, h)
+
+            h = lax.fori_loop(0, TILE // ahead, some, h)
+            if mode == "output":
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # a barrier, too
+                finish(slot)
+            plgpu.commit_smem()
+            if mode == "output":
+                rows = pl.ds(at(i) * TILE, TILE)
+                plgpu.copy_smem_to_gmem(refs["y"], refs["out"].at[r, rows, lane])
+            pl.when(i + STAGES < tiles)(functools.partial(fetch, i + STAGES, slot))
+            return h
+
+        h = lax.fori_loop(0, tiles, one_tile, h)
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        whole[...] = h
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(whole, last.at[r, :, :, lane])
+        plgpu.wait_smem_to_gmem(0)
+
+    inputs = streams | weights
+    cost = _cost(u.size, WARPS * a.shape[1], 1, 6 if mode == "output" else 4, inputs.values())
+    grid = (rows, width // lay.channels)
+    return _call(f"selective_scan_{mode}", body, grid, inputs, outputs, scratch, cost)
