@@ -143,10 +143,18 @@ def test_tpu_kernel_under_vmap_and_remat(check, monkeypatch):
 
 
 @needs_gpu_interpreter
-@pytest.mark.slow
-@pytest.mark.parametrize("changes", [{}, REVERSE, PAIRS, PAIRS_REVERSE])
+@pytest.mark.parametrize(
+    "changes",
+    [REVERSE, *(pytest.param(c, marks=pytest.mark.slow) for c in ({}, PAIRS, PAIRS_REVERSE))],
+)
 def test_gpu_kernel_in_chunks(changes, monkeypatch):
-    """Time cut into chunks that are joined again, forwards and backwards; a last one cut short."""
+    """Time cut into chunks that are joined again, forwards and backwards; a last one cut short.
+
+    The interpreter looks for races between the threads and the copy engine.
+    """
+    if dispatch.interpret("gpu"):
+        watch = plgpu.InterpretGPUParams(detect_races=True)
+        monkeypatch.setattr(dispatch, "interpret", lambda platform: watch)
     monkeypatch.setattr(pallas_gpu, "MIN_TILES", 1)
     monkeypatch.setattr(pallas_gpu, "PROGRAMS", 4)
     of_pairs = "a_re" in changes.get("time_axis", ())
