@@ -10,6 +10,8 @@ if os.environ["JAX_PLATFORMS"] == "cpu":
     flags = os.environ.get("XLA_FLAGS", "")
     if "xla_force_host_platform_device_count" not in flags:
         os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count=8".strip()
+    # Most tests compile more than they compute. Child processes inherit this.
+    os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
     # jax 0.10.2 sizes a thread pool by this; the TPU interpreter deadlocks if it is not above 8.
     os.environ.setdefault("NPROC", "16")
     # libtpu as a compiler only: quiet, no metadata server, several processes at once, no log files.

@@ -154,6 +154,7 @@ def test_equals_the_definition(implementation, reverse):
     assert_close(to_numpy(got), want, 1e-12, "")
 
 
+@pytest.mark.slow
 def test_any_chunk():
     """The chunk changes nothing, from one step (states passed on over two levels) to all."""
     inputs = some_inputs(length=80)
@@ -310,6 +311,7 @@ def test_sharded_over_time(shards, reverse):
     assert_close(value_and_grads(run), want, 2e-5, f"{shards} shards: ")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "sizes",
     [

@@ -44,6 +44,7 @@ def test_compiles_with_gradients(chip, dtype, resets):
     assert text.count("tpu_custom_call") >= 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "t_len, channels, width",
     [(1, 1, 4), (7, 128, 1), (256, 100, 2), (300, 1280, 3), (600, 128, 20)],
@@ -53,12 +54,14 @@ def test_compiles_at_odd_sizes(t_len, channels, width, dtype):
     compile_for("v5e", training(), *operands(t_len, channels, dtype, width))
 
 
+@pytest.mark.slow
 def test_reverse_and_vmap():
     compile_for("v5e", training(reverse=True), *operands())
     many = [jax.ShapeDtypeStruct((3, *z.shape), z.dtype) for z in operands()]
     compile_for("v5e", jax.vmap(training()), *many)
 
 
+@pytest.mark.slow
 def test_needs_less_memory_than_xla():
     """Temporaries of a training step in bfloat16: y and its cotangent, nothing in float32."""
     args = operands(2048, 2048, jnp.bfloat16, batch=4)[:4]

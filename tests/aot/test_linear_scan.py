@@ -38,6 +38,7 @@ def test_compiles_with_gradients(chip, reverse, paired):
     assert text.count("tpu_custom_call") >= 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("t_len, width", [(1, 1), (7, 128), (256, 100), (300, 1280)])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_compiles_at_odd_sizes(t_len, width, dtype):
@@ -53,6 +54,7 @@ def test_float32_decays_of_bfloat16_inputs_vmap_and_remat():
     compile_for("v5e", jax.vmap(training()), *(many(z) for z in (a, x, state)))
 
 
+@pytest.mark.slow
 def test_needs_less_memory_than_associative_scan():
     """Temporaries of a training step: nothing beside h and the cotangent, 2 arrays of 64 MiB."""
     args = operands(2048, 2048, batch=4)

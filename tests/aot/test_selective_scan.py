@@ -67,6 +67,7 @@ def test_resets_and_remat_compile():
     compile_for("v5e", jax.grad(loss), inputs, jax.ShapeDtypeStruct((2, 256), jnp.int32))
 
 
+@pytest.mark.slow
 def test_memory():
     """No state per step in HBM: the XLA form needs many times an input beyond inputs and results.
 

@@ -57,6 +57,7 @@ def test_compiles(chip):
     compile_for(chip, gradient("pallas_tpu", 128), operands(1, 130, 6, 32, 16, dtype=jnp.float32))
 
 
+@pytest.mark.slow
 def test_holds_less_than_xla():
     """Scores never reach HBM: a small part of the temporaries of XLA's form."""
     inputs = operands(2, 2048, 64, 64, 128)
