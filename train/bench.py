@@ -101,7 +101,8 @@ def bench(arguments: argparse.Namespace) -> dict[str, Any]:
         return bench_training(arguments)
     from . import bench_ssm
 
-    return bench_ssm.bench(arguments)
+    samples = _whole(arguments.steps or "10", "--steps")
+    return bench_ssm.bench(arguments, command_line(arguments), samples)
 
 
 def bench_training(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -236,21 +236,23 @@ def measure(case: Case, implementation: str, samples: int) -> dict[str, Any]:
     return point | {"status": "ok"}
 
 
-def bench(arguments: argparse.Namespace) -> dict[str, Any]:
+def bench(arguments: argparse.Namespace, command: str, samples: int) -> dict[str, Any]:
     """Run the benchmark; prints and writes ssm.md, ssm.json and ssm.png, and returns the report.
+
+    Args:
+        arguments: ops, variants, out and json. command: for the report.
+        samples: timings of which the median counts.
 
     Raises:
         UserError: bad arguments, or an implementation differs from the definition (the others'
             figures are still shown).
     """
     from ..kernels_pallas import dispatch
-    from .bench import _whole, command_line
     from .bench_measure import describe_device
 
     unknown = [op for op in arguments.ops if op not in OPS]
     if unknown:
         raise UserError(f"--ops {unknown[0]}: choose from {', '.join(OPS)}")
-    samples = _whole(arguments.steps or "10", "--steps")
     device = describe_device()
     accelerator = device["platform"] != "cpu"
     kernels = "pallas" if accelerator else "xla"
@@ -258,7 +260,7 @@ def bench(arguments: argparse.Namespace) -> dict[str, Any]:
     report = {
         "device": device, "devices": 1, "python": platform.python_version(),
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "command": command_line(arguments), "samples": samples, "points": [],
+        "command": command, "samples": samples, "points": [],
         "copy": copy_bandwidth(accelerator, samples),
     }  # fmt: skip
     rows = cases(arguments.ops or list(OPS), accelerator, "bfloat16" if accelerator else "float32")

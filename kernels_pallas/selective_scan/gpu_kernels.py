@@ -3,13 +3,15 @@
 A program is one warpgroup with 32 V channels of a row. The N states of a channel are split over its
 four warps, J = N/4 each, and the channels over the lanes, V each, so that a thread holds J V states
 in registers: nothing is exchanged between threads in a step. Arrays of states are [4, J, 32 V]
-(warp, state of the warp, channel). Per tile of 16 steps:
+(warp, state of the warp, channel). A tile of 16 steps goes through three parts:
 
-    per step and channel: step sizes, inputs, gates, spread over all threads, into shared memory
-    the recurrence, each warp at its own pace; a warp's share of y = sum_n C h to shared memory
-    per step and channel: the four shares added, skip and gate
+    prepare: step sizes and inputs, per step and channel, spread over all threads
+    advance: the recurrence, each warp at its own pace, and the warp's share of y = sum_n C h
+    finish: the four shares added, skip and gate, per step and channel
 
-Barriers stand between these parts only; Pallas' own, around every store, are switched off.
+which hand over through shared memory. The parts of three tiles in a row run interleaved, so that
+one part's latencies hide behind another's work; two barriers per tile stand between them. Pallas'
+own barriers, around every store, are switched off.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ from .fused import LOG2E, sigmoid_short, softplus_short
 
 WARPS, WARP = 4, 32
 TILE = 16  # steps of a tile, and between two saved states
-STAGES = 2  # tiles in flight in the forward direction
+STAGES = 4  # tiles in shared memory: one in each part, one on its way
 SUB = 4  # steps whose states and decays the backward pass holds in registers
 
 
@@ -156,14 +158,13 @@ def walk(
     tile = dict.fromkeys(("u", "delta", "z"), (TILE, lay.channels)) | {"keep": (TILE, 4)}
     tile |= dict.fromkeys(("mix", "read"), (TILE, *a.shape[:2]))
     scratch = {f"{k}_s": plgpu.SMEM((STAGES, *tile[k]), x.dtype) for k, x in streams.items()}
-    scratch |= {k: plgpu.SMEM((TILE, lay.channels), jnp.float32) for k in ("dt", "x")}
-    scratch |= {"whole": plgpu.SMEM(lay.shape, jnp.float32)}
+    scratch |= {k: plgpu.SMEM((2, TILE, lay.channels), jnp.float32) for k in ("dt", "x")}
+    scratch |= {"whole": plgpu.SMEM((2, *lay.shape), jnp.float32)}
     if mode == "output":
-        scratch |= {"shares": plgpu.SMEM((TILE, WARPS, lay.channels), jnp.float32)}
-        scratch |= {"y": plgpu.SMEM((TILE, lay.channels), u.dtype)}
+        scratch |= {"shares": plgpu.SMEM((2, TILE, WARPS, lay.channels), jnp.float32)}
+        scratch |= {"y": plgpu.SMEM((2, TILE, lay.channels), u.dtype)}
     scratch |= {"full": plgpu.Barrier(num_arrivals=len(streams), num_barriers=STAGES)}
     scratch |= {"one": plgpu.Barrier(num_arrivals=1)}
-    ahead = max(1, min(TILE, 16 // (a.shape[1] * v)))  # steps loaded before the first is stored
 
     def body(last, whole, dt, x, full, one, **refs):
         r, d = lax.axis_index("r"), lax.axis_index("d")
@@ -184,98 +185,107 @@ def walk(
                 to = refs[f"{name}_s"].at[slot]
                 plgpu.copy_gmem_to_smem(source(name, rows), to, full.at[slot])
 
-        for i in range(STAGES):
+        for i in range(STAGES - 1):
             pl.when(i < tiles)(functools.partial(fetch, i, i))
-        a = lay.once(refs["a"].at[:, :, lane], whole, one, lay.state) * LOG2E
-        h = lay.once(refs["start"].at[r, :, :, lane], whole, one, lay.state)
-        vector = lambda ref: lay.over_steps(lay.once(ref.at[lane], x.at[0], one, lay.row))
+        once = lambda ref: lay.once(ref, whole.at[0], one, lay.state)
+        a, h = once(refs["a"].at[:, :, lane]) * LOG2E, once(refs["start"].at[r, :, :, lane])
+        vector = lambda ref: lay.over_steps(lay.once(ref.at[lane], x.at[0, 0], one, lay.row))
         bias = vector(refs["bias"])
         skip = vector(refs["skip"]) if mode == "output" else None
 
-        def prepare(slot):
-            loaded = []
-            for k in range(TILE // WARPS):
-                rows = pl.ds(WARPS * k, WARPS)
-                _, step = _steps(refs["delta_s"].at[slot], lay, rows, bias, use_softplus)
-                value = lay.rows(refs["u_s"].at[slot, rows])
-                if mode == "adjoint" and z is not None:
-                    gate = lay.rows(refs["z_s"].at[slot, rows])
-                    value = value * gate * sigmoid_short(gate)
-                loaded.append((rows, step, value if mode == "adjoint" else step * value))
-            for rows, step, value in loaded:
-                dt[rows] = step
-                x[rows] = value
+        def prepare(slot, rows):
+            _, step = _steps(refs["delta_s"].at[slot], lay, rows, bias, use_softplus)
+            value = lay.rows(refs["u_s"].at[slot, rows])
+            if mode != "adjoint":
+                return step, step * value
+            if z is not None:
+                gate = lay.rows(refs["z_s"].at[slot, rows])
+                value = value * gate * sigmoid_short(gate)
+            return step, value
 
-        def advance(slot, steps, h):
-            sizes = [lay.along_states(dt.at[t]) for t in steps]
-            values = [lay.along_states(x.at[t]) for t in steps]
+        def advance(slot, buffer, steps, h):
+            sizes = [lay.along_states(dt.at[buffer, t]) for t in steps]
+            values = [lay.along_states(x.at[buffer, t]) for t in steps]
             mixes = [lay.along_channels(refs["mix_s"].at[slot, t]) for t in steps]
-            decays = [jnp.exp2(size * a) for size in sizes]
-            if keep is not None:
-                decays = [
-                    e * refs["keep_s"][slot, t, 0] for e, t in zip(decays, steps, strict=True)
-                ]
+            reads = steps if mode != "output" else [
+                lay.along_channels(refs["read_s"].at[slot, t]) for t in steps
+            ]  # fmt: skip
             ys = []
-            if mode == "output":
-                reads = [lay.along_channels(refs["read_s"].at[slot, t]) for t in steps]
-            for s in range(len(steps)):
-                if mode == "adjoint":
-                    h = decays[s] * (h + values[s] * mixes[s])
-                else:
-                    h = decays[s] * h + values[s] * mixes[s]
-                if mode == "output":
-                    ys.append(jnp.sum(h * reads[s], axis=1))
-            for t, y in zip(steps, ys, strict=mode == "output"):
-                refs["shares"][t] = y
-            return h
+            for t, size, value, mix, read in zip(steps, sizes, values, mixes, reads, strict=True):
+                decay = jnp.exp2(size * a)
+                if keep is not None:
+                    decay = decay * refs["keep_s"][slot, t, 0]
+                h = decay * (h + value * mix) if mode == "adjoint" else decay * h + value * mix
+                ys.append(jnp.sum(h * read, axis=1) if mode == "output" else None)
+            return h, ys
 
-        def finish(slot):
-            y_s = refs["y"]
-            results = []
-            for k in range(TILE // WARPS):
-                rows = pl.ds(WARPS * k, WARPS)
-                y = skip * lay.rows(refs["u_s"].at[slot, rows])
-                for w in range(WARPS):
-                    y = y + lay.rows(refs["shares"].at[rows, w])
-                if z is not None:
-                    gate = lay.rows(refs["z_s"].at[slot, rows])
-                    y = y * gate * sigmoid_short(gate)
-                results.append((rows, y.astype(y_s.dtype)))
-            for rows, y in results:
-                y_s[rows] = y
+        def finish(slot, buffer, rows):
+            y = skip * lay.rows(refs["u_s"].at[slot, rows])
+            for w in range(WARPS):
+                y = y + lay.rows(refs["shares"].at[buffer, rows, w])
+            if z is not None:
+                gate = lay.rows(refs["z_s"].at[slot, rows])
+                y = y * gate * sigmoid_short(gate)
+            return y.astype(u.dtype)
+
+        def send(i, buffer):
+            """The output of tile i on its way."""
+            to = refs["out"].at[r, pl.ds(at(i) * TILE, TILE), lane]
+            plgpu.copy_smem_to_gmem(refs["y"].at[buffer], to, commit_group=False)
 
         def one_tile(i, h):
-            slot = lax.rem(i, STAGES)
-            plgpu.barrier_wait(full.at[slot])
+            before, now, after = (lax.rem(i + k, STAGES) for k in (STAGES - 1, 0, 1))
+            this, other = lax.rem(i, 2), lax.rem(i + 1, 2)
+            pl.when(i + 1 < tiles)(lambda: plgpu.barrier_wait(full.at[after]))
+            if mode == "output":  # what left two tiles ago has been read; a barrier, too
+                plgpu.wait_smem_to_gmem(1, wait_read_only=True)
             if save:
-                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                whole[...] = h
-            prepare(slot)
+                whole[this] = h
+
+            def part(g, h):
+                """Four steps of each part: tile i + 1 prepared, i advanced, i - 1 finished."""
+                rows = pl.ds(g * WARPS, WARPS)
+                first = g * WARPS if down else TILE - 1 - g * WARPS
+                steps = [first + s if down else first - s for s in range(WARPS)]
+                step, value = prepare(after, rows)
+                y = finish(before, other, rows) if mode == "output" else None
+                h, shares = advance(now, this, steps, h)
+                dt[other, rows], x[other, rows] = step, value
+                if mode == "output":
+                    refs["y"][this, rows] = y
+                    for t, share in zip(steps, shares, strict=True):
+                        refs["shares"][this, t] = share
+                return h
+
+            h = lax.fori_loop(0, TILE // WARPS, part, h)
             plgpu.commit_smem()
             if save:
-                plgpu.copy_smem_to_gmem(whole, refs["saved"].at[r, at(i), :, :, lane])
-
-            def some(g, h):
-                first = g * ahead
-                steps = [first + s if down else TILE - 1 - first - s for s in range(ahead)]
-                return advance(slot, steps, h)
-
-            h = lax.fori_loop(0, TILE // ahead, some, h)
+                to = refs["saved"].at[r, at(i), :, :, lane]
+                plgpu.copy_smem_to_gmem(whole.at[this], to, commit_group=False)
             if mode == "output":
-                plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # a barrier, too
-                finish(slot)
-            plgpu.commit_smem()
-            if mode == "output":
-                rows = pl.ds(at(i) * TILE, TILE)
-                plgpu.copy_smem_to_gmem(refs["y"], refs["out"].at[r, rows, lane])
-            pl.when(i + STAGES < tiles)(functools.partial(fetch, i + STAGES, slot))
+                pl.when(i > 0)(functools.partial(send, i - 1, this))
+                plgpu.commit_smem_to_gmem_group()
+            later = i + STAGES - 1
+            pl.when(later < tiles)(functools.partial(fetch, later, before))
             return h
 
+        every = [pl.ds(k, WARPS) for k in range(0, TILE, WARPS)]
+        plgpu.barrier_wait(full.at[0])
+        for rows in every:
+            dt[0, rows], x[0, rows] = prepare(0, rows)
+        plgpu.commit_smem()
         h = lax.fori_loop(0, tiles, one_tile, h)
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        whole[...] = h
+        whole[0] = h
+        if mode == "output":
+            end = (tiles - 1) % 2
+            for rows in every:
+                refs["y"][0, rows] = finish((tiles - 1) % STAGES, end, rows)
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(whole, last.at[r, :, :, lane])
+        plgpu.copy_smem_to_gmem(whole.at[0], last.at[r, :, :, lane], commit_group=False)
+        if mode == "output":
+            send(tiles - 1, 0)
+        plgpu.commit_smem_to_gmem_group()
         plgpu.wait_smem_to_gmem(0)
 
     inputs = streams | weights
