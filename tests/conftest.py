@@ -27,6 +27,7 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.05")
 
 import pathlib
 
+import jax
 import pytest
 from absl import flags as absl_flags
 
@@ -34,6 +35,13 @@ pytest.register_assert_rewrite("tests.kernel_base", "tests.aot")
 
 if not absl_flags.FLAGS.is_parsed():
     absl_flags.FLAGS.mark_as_parsed()  # grain's worker processes ask for parsed flags
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forget_compiled_programs():
+    """The programs of a file are of little use to the next one, and add up to gigabytes."""
+    yield
+    jax.clear_caches()
 
 
 @pytest.fixture(scope="session")
