@@ -3,15 +3,15 @@
 A program is one warpgroup with 32 V channels of a row. The N states of a channel are split over its
 four warps, J = N/4 each, and the channels over the lanes, V each, so that a thread holds J V states
 in registers: nothing is exchanged between threads in a step. Arrays of states are [4, J, 32 V]
-(warp, state of the warp, channel). A tile of 16 steps goes through three parts:
+(warp, state of the warp, channel). A lap of 8 steps, half a tile, goes through three parts:
 
     prepare: step sizes and inputs, per step and channel, spread over all threads
     advance: the recurrence, each warp at its own pace, and the warp's share of y = sum_n C h
     finish: the four shares added, skip and gate, per step and channel
 
-which hand over through shared memory. The parts of three tiles in a row run interleaved, so that
-one part's latencies hide behind another's work; two barriers per tile stand between them. Pallas'
-own barriers, around every store, are switched off.
+which hand over through shared memory. The parts of three laps in a row run interleaved, so that one
+part's latencies hide behind another's work; two barriers per lap stand between them. Pallas' own
+barriers, around every store, are switched off.
 """
 
 from __future__ import annotations
@@ -29,8 +29,9 @@ from ..compat import gpu_kernel, out_like, vary
 from .fused import LOG2E, sigmoid_short, softplus_short
 
 WARPS, WARP = 4, 32
-TILE = 16  # steps of a tile, and between two saved states
-STAGES = 4  # tiles in shared memory: one in each part, one on its way
+TILE = 16  # steps that are copied at once, and between two saved states
+LAP = 8  # steps between barriers; an even number of laps makes a tile
+STAGES = 3  # tiles in shared memory: two in use, one on its way
 SUB = 4  # steps whose states and decays the backward pass holds in registers
 
 
@@ -94,6 +95,7 @@ def _call(name, body, grid, inputs, outputs, scratch, cost):
         compiler_params=plgpu.CompilerParams(
             approx_math=True,
             unsafe_no_auto_barriers=True,
+            reduction_scratch_bytes=0,
             lowering_semantics=plgpu.LoweringSemantics.Lane,
         ),
         interpret=dispatch.interpret("gpu"),
@@ -158,11 +160,11 @@ def walk(
     tile = dict.fromkeys(("u", "delta", "z"), (TILE, lay.channels)) | {"keep": (TILE, 4)}
     tile |= dict.fromkeys(("mix", "read"), (TILE, *a.shape[:2]))
     scratch = {f"{k}_s": plgpu.SMEM((STAGES, *tile[k]), x.dtype) for k, x in streams.items()}
-    scratch |= {k: plgpu.SMEM((2, TILE, lay.channels), jnp.float32) for k in ("dt", "x")}
-    scratch |= {"whole": plgpu.SMEM((2, *lay.shape), jnp.float32)}
+    scratch |= {k: plgpu.SMEM((2, LAP, lay.channels), jnp.float32) for k in ("dt", "x")}
+    scratch |= {"whole": plgpu.SMEM(lay.shape, jnp.float32)}
     if mode == "output":
-        scratch |= {"shares": plgpu.SMEM((2, TILE, WARPS, lay.channels), jnp.float32)}
-        scratch |= {"y": plgpu.SMEM((2, TILE, lay.channels), u.dtype)}
+        scratch |= {"shares": plgpu.SMEM((2, LAP, WARPS, lay.channels), jnp.float32)}
+        scratch |= {"y": plgpu.SMEM((2, LAP, lay.channels), u.dtype)}
     scratch |= {"full": plgpu.Barrier(num_arrivals=len(streams), num_barriers=STAGES)}
     scratch |= {"one": plgpu.Barrier(num_arrivals=1)}
 
@@ -178,6 +180,8 @@ def walk(
             return ref.at[r, rows] if name == "keep" else ref.at[r, rows, lane]
 
         at = lambda i: i if down else tiles - 1 - i
+        laps = TILE // LAP
+        begin_of = lambda lap: LAP * (lap if down else laps - 1 - lap)  # in its tile
 
         def fetch(i, slot):
             rows = pl.ds(at(i) * TILE, TILE)
@@ -185,9 +189,9 @@ def walk(
                 to = refs[f"{name}_s"].at[slot]
                 plgpu.copy_gmem_to_smem(source(name, rows), to, full.at[slot])
 
-        for i in range(STAGES - 1):
+        for i in range(STAGES):
             pl.when(i < tiles)(functools.partial(fetch, i, i))
-        once = lambda ref: lay.once(ref, whole.at[0], one, lay.state)
+        once = lambda ref: lay.once(ref, whole, one, lay.state)
         a, h = once(refs["a"].at[:, :, lane]) * LOG2E, once(refs["start"].at[r, :, :, lane])
         vector = lambda ref: lay.over_steps(lay.once(ref.at[lane], x.at[0, 0], one, lay.row))
         bias = vector(refs["bias"])
@@ -203,88 +207,99 @@ def walk(
                 value = value * gate * sigmoid_short(gate)
             return step, value
 
-        def advance(slot, buffer, steps, h):
+        def advance(slot, begin, buffer, steps, h):
+            """Steps from `begin` of the tile on; what they read is loaded before all else."""
             sizes = [lay.along_states(dt.at[buffer, t]) for t in steps]
             values = [lay.along_states(x.at[buffer, t]) for t in steps]
-            mixes = [lay.along_channels(refs["mix_s"].at[slot, t]) for t in steps]
+            mixes = [lay.along_channels(refs["mix_s"].at[slot, begin + t]) for t in steps]
             reads = steps if mode != "output" else [
-                lay.along_channels(refs["read_s"].at[slot, t]) for t in steps
+                lay.along_channels(refs["read_s"].at[slot, begin + t]) for t in steps
             ]  # fmt: skip
             ys = []
             for t, size, value, mix, read in zip(steps, sizes, values, mixes, reads, strict=True):
                 decay = jnp.exp2(size * a)
                 if keep is not None:
-                    decay = decay * refs["keep_s"][slot, t, 0]
+                    decay = decay * refs["keep_s"][slot, begin + t, 0]
                 h = decay * (h + value * mix) if mode == "adjoint" else decay * h + value * mix
                 ys.append(jnp.sum(h * read, axis=1) if mode == "output" else None)
             return h, ys
 
-        def finish(slot, buffer, rows):
+        def finish(slot, rows, buffer, local):
             y = skip * lay.rows(refs["u_s"].at[slot, rows])
             for w in range(WARPS):
-                y = y + lay.rows(refs["shares"].at[buffer, rows, w])
+                y = y + lay.rows(refs["shares"].at[buffer, local, w])
             if z is not None:
                 gate = lay.rows(refs["z_s"].at[slot, rows])
                 y = y * gate * sigmoid_short(gate)
             return y.astype(u.dtype)
 
-        def send(i, buffer):
-            """The output of tile i on its way."""
-            to = refs["out"].at[r, pl.ds(at(i) * TILE, TILE), lane]
+        def send(i, lap, buffer):
+            """The output of a lap on its way."""
+            to = refs["out"].at[r, pl.ds(at(i) * TILE + begin_of(lap), LAP), lane]
             plgpu.copy_smem_to_gmem(refs["y"].at[buffer], to, commit_group=False)
 
-        def one_tile(i, h):
-            before, now, after = (lax.rem(i + k, STAGES) for k in (STAGES - 1, 0, 1))
-            this, other = lax.rem(i, 2), lax.rem(i + 1, 2)
-            pl.when(i + 1 < tiles)(lambda: plgpu.barrier_wait(full.at[after]))
-            if mode == "output":  # what left two tiles ago has been read; a barrier, too
-                plgpu.wait_smem_to_gmem(1, wait_read_only=True)
-            if save:
-                whole[this] = h
+        quarters = list(range(0, LAP, WARPS))[:: 1 if down else -1]
 
-            def part(g, h):
-                """Four steps of each part: tile i + 1 prepared, i advanced, i - 1 finished."""
-                rows = pl.ds(g * WARPS, WARPS)
-                first = g * WARPS if down else TILE - 1 - g * WARPS
-                steps = [first + s if down else first - s for s in range(WARPS)]
-                step, value = prepare(after, rows)
-                y = finish(before, other, rows) if mode == "output" else None
-                h, shares = advance(now, this, steps, h)
-                dt[other, rows], x[other, rows] = step, value
+        def one_lap(i, lap, h):
+            """The lap after this one prepared, this one advanced, the one before it finished."""
+            before = (jnp.maximum(i - 1, 0), laps - 1) if lap == 0 else (i, lap - 1)
+            after = (i, lap + 1) if lap < laps - 1 else (i + 1, 0)
+            this, other = lap % 2, 1 - lap % 2
+            slot, slot_before, slot_after = (lax.rem(j, STAGES) for j in (i, before[0], after[0]))
+            if after[1] == 0:
+                pl.when(i + 1 < tiles)(lambda: plgpu.barrier_wait(full.at[slot_after]))
+            if mode == "output":  # what left two laps ago has been read; a barrier, too
+                plgpu.wait_smem_to_gmem(1, wait_read_only=True)
+            if save and lap == 0:
+                whole[...] = h
+            for q in quarters:
+                local = pl.ds(q, WARPS)
+                rows = lambda lap, q=q: pl.ds(begin_of(lap) + q, WARPS)
+                steps = list(range(q, q + WARPS))[:: 1 if down else -1]
+                step, value = prepare(slot_after, rows(after[1]))
                 if mode == "output":
-                    refs["y"][this, rows] = y
+                    y = finish(slot_before, rows(before[1]), other, local)
+                h, shares = advance(slot, begin_of(lap), this, steps, h)
+                dt[other, local], x[other, local] = step, value
+                if mode == "output":
+                    refs["y"][this, local] = y
                     for t, share in zip(steps, shares, strict=True):
                         refs["shares"][this, t] = share
-                return h
-
-            h = lax.fori_loop(0, TILE // WARPS, part, h)
             plgpu.commit_smem()
-            if save:
+            if save and lap == 0:
                 to = refs["saved"].at[r, at(i), :, :, lane]
-                plgpu.copy_smem_to_gmem(whole.at[this], to, commit_group=False)
+                plgpu.copy_smem_to_gmem(whole, to, commit_group=False)
             if mode == "output":
-                pl.when(i > 0)(functools.partial(send, i - 1, this))
+                pl.when(i + lap > 0)(functools.partial(send, *before, this))
                 plgpu.commit_smem_to_gmem_group()
-            later = i + STAGES - 1
-            pl.when(later < tiles)(functools.partial(fetch, later, before))
+            if lap == 0:  # the tile before this one is done with
+                later = i - 1 + STAGES
+                wanted = jnp.logical_and(i > 0, later < tiles)
+                pl.when(wanted)(functools.partial(fetch, later, lax.rem(later, STAGES)))
             return h
 
-        every = [pl.ds(k, WARPS) for k in range(0, TILE, WARPS)]
+        def one_tile(i, h):
+            for lap in range(laps):
+                h = one_lap(i, lap, h)
+            return h
+
         plgpu.barrier_wait(full.at[0])
-        for rows in every:
-            dt[0, rows], x[0, rows] = prepare(0, rows)
+        for q in quarters:
+            local = pl.ds(q, WARPS)
+            dt[0, local], x[0, local] = prepare(0, pl.ds(begin_of(0) + q, WARPS))
         plgpu.commit_smem()
         h = lax.fori_loop(0, tiles, one_tile, h)
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        whole[0] = h
+        whole[...] = h
         if mode == "output":
-            end = (tiles - 1) % 2
-            for rows in every:
-                refs["y"][0, rows] = finish((tiles - 1) % STAGES, end, rows)
+            slot, buffer = (tiles - 1) % STAGES, (laps - 1) % 2
+            for q in quarters:
+                rows, local = pl.ds(begin_of(laps - 1) + q, WARPS), pl.ds(q, WARPS)
+                refs["y"][0, local] = finish(slot, rows, buffer, local)
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(whole.at[0], last.at[r, :, :, lane], commit_group=False)
+        plgpu.copy_smem_to_gmem(whole, last.at[r, :, :, lane], commit_group=False)
         if mode == "output":
-            send(tiles - 1, 0)
+            send(tiles - 1, laps - 1, 0)
         plgpu.commit_smem_to_gmem_group()
         plgpu.wait_smem_to_gmem(0)
 
