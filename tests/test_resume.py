@@ -206,19 +206,26 @@ def wait_for(condition, process, seconds=120):
         time.sleep(0.02)
 
 
+def finish(process):
+    output = process.communicate(timeout=200)[0]
+    assert process.returncode == 0, output
+    return output
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(text, tmp_path_factory):
+    """A run of the command that nothing stops: run, arguments up to the folder, folder."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    run = tiny_run(text, *BASE, "steps=400", "checkpoint.every=30", "checkpoint.keep=2")
+    arguments = ("train", write_config(run, folder), "--run")
+    finish(command(*arguments, folder / "whole"))
+    return run, arguments, folder / "whole"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_the_same_command_continues_a_killed_process(number, text, tmp_path):
-    run = tiny_run(text, *BASE, "steps=400", "checkpoint.every=30", "checkpoint.keep=2")
-    config = write_config(run, tmp_path)
-    arguments = ("train", config, "--run")
-
-    def finish(process):
-        output = process.communicate(timeout=200)[0]
-        assert process.returncode == 0, output
-        return output
-
-    finish(command(*arguments, tmp_path / "whole"))
+def test_the_same_command_continues_a_killed_process(number, uninterrupted, tmp_path):
+    run, arguments, whole = uninterrupted
     first = command(*arguments, tmp_path / "killed")
     drain = threading.Thread(target=first.stdout.read, daemon=True)
     drain.start()
@@ -236,7 +243,7 @@ def test_the_same_command_continues_a_killed_process(number, text, tmp_path):
     assert saved() and max(saved()) < 400
     output = finish(command(*arguments, tmp_path / "killed"))
     assert "continuing at step" in output
-    assert read_lines(tmp_path / "killed") == read_lines(tmp_path / "whole")
-    assert_same(saved_state(run, tmp_path / "killed"), saved_state(run, tmp_path / "whole"))
+    assert read_lines(tmp_path / "killed") == read_lines(whole)
+    assert_same(saved_state(run, tmp_path / "killed"), saved_state(run, whole))
     meta = json.loads((tmp_path / "killed/checkpoints/400/meta/metadata").read_text())
     assert meta["step"] == 400

@@ -2,6 +2,8 @@
 
 Paper: Mamba-2, arXiv 2405.21060 (a small relative of its language models).
 Command: lintime train mamba/quickstart
+Measured (2 CPU cores shared with another job, Python 3.11, jax 0.10.2, 2026-11-22): 217 s from
+start to sample; 1.977 bits per byte on the validation split, gzip -9 takes 2.036 on the same bytes.
 """
 
 from ...model.nets.mamba_lm import MambaConfig
