@@ -66,6 +66,7 @@ def updates(run, count, state=None):
 # ---------------------------------------------------------------- accumulation
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("parts", [2, 4])
 def test_micro_batches_add_up_to_the_whole_batch(parts, text):
     state, reports = updates(tiny_run(text), 3)
