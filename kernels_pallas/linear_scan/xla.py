@@ -86,11 +86,11 @@ _differentiable = with_gradient(scan_forward, scan_backward)
 
 
 def linear_scan_xla(a: Parts, x: Parts, state: Parts, reverse: bool) -> tuple[Parts, Parts]:
-    """h_t = a_t h_{t-1} + x_t, all of [B, T, D], tuples of one (real) or two (re, im) parts.
+    """h_t = a_t h_{t-1} + x_t, tuples of one (real) or two (re, im) parts.
 
     Args:
-        a, x: decays and inputs.
-        state: [B, D] state before the first step, in the accumulator dtype.
+        a, x: [B, T, ...] decays and inputs; with one part they may also be complex arrays.
+        state: [B, ...] state before the first step, in the accumulator dtype.
         reverse: time runs from T - 1 down to 0.
 
     Returns:

@@ -35,11 +35,6 @@ def sigmoid(x: Array) -> Array:
     return 1 / (1 + jnp.exp(-x))
 
 
-def softplus(x: Array) -> Array:
-    """log(1 + e^x), exactly x above 20, as in the definition."""
-    return jnp.where(x > 20, x, jnp.log1p(jnp.exp(jnp.minimum(x, 20))))
-
-
 def softplus_slope(x: Array) -> Array:
     """Derivative of `softplus`."""
     return jnp.where(x > 20, 1, sigmoid(x))

@@ -21,8 +21,9 @@ from jax.experimental.pallas import tpu as pltpu
 
 from .. import dispatch
 from ..compat import out_like, vary
+from ..softplus import softplus
 from ..time_axis import pad_time
-from .fused import NO_STEP, check_operands, sigmoid, softplus, softplus_slope
+from .fused import NO_STEP, check_operands, sigmoid, softplus_slope
 
 ROWS = 16  # steps unrolled together: a tile of bfloat16 rows
 _LANES, _SUBLANES = 128, 8  # of a float32 tile

@@ -6,19 +6,16 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from ..softplus import softplus
 
-def step_size(delta: Array, delta_bias: Array | None, softplus: bool) -> Array:
-    """dt = softplus(delta + delta_bias), or the sum itself, in at least float32.
 
-    softplus(x) = log(1 + e^x), exactly x above 20; its derivative is finite everywhere.
-    """
+def step_size(delta: Array, delta_bias: Array | None, use_softplus: bool) -> Array:
+    """dt = softplus(delta + delta_bias), or the sum itself, in at least float32."""
     wide = jnp.promote_types(delta.dtype, jnp.float32)
     raw = delta.astype(wide)
     if delta_bias is not None:
         raw = raw + delta_bias.astype(wide)
-    if not softplus:
-        return raw
-    return jnp.where(raw > 20, raw, jnp.log1p(jnp.exp(jnp.minimum(raw, 20))))
+    return softplus(raw) if use_softplus else raw
 
 
 def per_channel(x: Array, width: int) -> Array:

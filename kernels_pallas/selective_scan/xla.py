@@ -1,7 +1,7 @@
 """Selective scan chunk by chunk, in XLA operations.
 
-Within a chunk of Q steps the states [B, Q, D, N] come from an associative scan; between chunks only
-the last state [B, D, N] is kept, and the backward pass computes a chunk's states again.
+Within a chunk of Q steps the states [B, Q, D, N] come from the linear scan's XLA form; between
+chunks only the last state [B, D, N] is kept, and the backward pass computes a chunk's states again.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from jax import Array, lax
 
 from .. import dispatch
 from ..compat import vary
+from ..linear_scan.xla import linear_scan_xla
 from ..time_axis import flip_time, pad_time, spread
 from .reference import per_channel, read, step_size
 
@@ -29,36 +30,6 @@ def chunk_length(batch: int, t_len: int, width: int, states: int) -> int:
     most = CHUNK_ELEMENTS_CPU if on_cpu else CHUNK_ELEMENTS
     fits = most // max(batch * width * states, 1)
     return min(t_len, max(16, min(256, 1 << max(fits, 1).bit_length() - 1)))
-
-
-@jax.custom_vjp
-def scan_states(a: Array, x: Array, start: Array) -> Array:
-    """h_t = a_t h_{t-1} + x_t along axis 1 of [B, Q, ...], h_{-1} = start [B, ...]; all states.
-
-    The gradient is the same recurrence backwards: g_t = dh_t + a_{t+1} g_{t+1}, da_t = g_t h_{t-1},
-    dx_t = g_t, dstart = a_0 g_0.
-    """
-    return _linear(a, x.at[:, 0].add(a[:, 0] * start))
-
-
-def _linear(a, x, reverse=False):
-    join = lambda p, q: (p[0] * q[0], q[0] * p[1] + q[1])
-    return lax.associative_scan(join, (a, x), axis=1, reverse=reverse)[1]
-
-
-def _scan_states_fwd(a, x, start):
-    h = scan_states(a, x, start)
-    return h, (a, h, start)
-
-
-def _scan_states_bwd(saved, dh):
-    a, h, start = saved
-    g = _linear(jnp.concatenate([a[:, 1:], jnp.zeros_like(a[:, :1])], axis=1), dh, reverse=True)
-    before = jnp.concatenate([start[:, None], h[:, :-1]], axis=1)
-    return g * before, g, a[:, 0] * g[:, 0]
-
-
-scan_states.defvjp(_scan_states_fwd, _scan_states_bwd)
 
 
 def selective_scan_xla(
@@ -108,7 +79,8 @@ def selective_scan_xla(
         decay = jnp.exp(dt[..., None] * A)
         if resets is not None:
             decay = jnp.where(spread(resets, decay), 0, decay)
-        h = scan_states(decay, (dt * x)[..., None] * B + jnp.zeros_like(decay), h)
+        drive = (dt * x)[..., None] * B + jnp.zeros_like(decay)
+        (h,), _ = linear_scan_xla((decay,), (drive,), (h,), False)
         y = read(C, h)
         if D is not None:
             y = y + D * x

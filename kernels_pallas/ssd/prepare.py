@@ -18,17 +18,13 @@ import jax.numpy as jnp
 from jax import Array
 
 from ..compat import vary
+from ..softplus import softplus
 from ..time_axis import fill_invalid
 
 
 def wide(dtype):
     """float32, or float64 for float64 inputs."""
     return jnp.promote_types(dtype, jnp.float32)
-
-
-def softplus(v: Array) -> Array:
-    """log(1 + exp(v)), accurate for small results; exactly v above 20."""
-    return jnp.where(v > 20, v, jnp.log1p(jnp.exp(jnp.minimum(v, 20))))
 
 
 def activate(

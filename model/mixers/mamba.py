@@ -16,10 +16,11 @@ from jax import Array
 from ...kernels_pallas.causal_conv1d import causal_conv1d
 from ...kernels_pallas.selective_scan import selective_scan
 from ...kernels_pallas.ssd import ssd
-from ...kernels_pallas.time_axis import last_segment, resets_from_segments
+from ...kernels_pallas.time_axis import resets_from_segments
 from ..layers.mlp import uniform_fan_in
 from ..layers.norms import GatedRMSNorm
 from ..partition import constrain
+from .contract import enter_segments, refuse_context, row_lengths
 
 
 class MambaState(NamedTuple):
@@ -99,15 +100,11 @@ class _Recurrent(nn.Module):
         Returns:
             y [B, T, d] and {} (no auxiliary losses).
         """
-        if context is not None or context_mask is not None or positions is not None:
-            raise ValueError(
-                f"{type(self).__name__} mixes along time: no context or explicit positions"
-            )
-        lengths = None if mask is None else jnp.sum(mask != 0, axis=1, dtype=jnp.int32)
+        refuse_context(self, context, context_mask, positions)
         resets = None
         if segment_ids is not None:
             resets = resets_from_segments(segment_ids, reverse=self.reverse)
-        return self._mix(x, None, lengths, resets)[0], {}
+        return self._mix(x, None, row_lengths(mask), resets)[0], {}
 
     def extend(
         self,
@@ -125,12 +122,8 @@ class _Recurrent(nn.Module):
         """
         if self.reverse:
             raise ValueError("a mixer with reverse=True reads whole sequences, not step by step")
-        if lengths is None and mask is not None:
-            lengths = jnp.sum(mask != 0, axis=1, dtype=jnp.int32)
-        resets, segment = None, state.segment
-        if segment_ids is not None:
-            resets = resets_from_segments(segment_ids, state.segment)
-            segment = last_segment(segment_ids, state.segment, lengths)
+        lengths = row_lengths(mask) if lengths is None else lengths
+        resets, segment = enter_segments(segment_ids, state.segment, lengths)
         y, conv, ssm = self._mix(x, state, lengths, resets)
         return y, MambaState(conv, ssm, segment), {}
 

@@ -11,9 +11,10 @@ import jax.numpy as jnp
 from jax import Array
 
 from ...kernels_pallas.linear_scan import linear_scan
-from ...kernels_pallas.time_axis import fill_invalid, last_segment, resets_from_segments
+from ...kernels_pallas.time_axis import fill_invalid, resets_from_segments
 from ..layers.mlp import uniform_fan_in
 from ..partition import constrain
+from .contract import enter_segments, refuse_context, row_lengths
 
 INITS = ("lin", "inv", "real")
 
@@ -157,11 +158,9 @@ class S4D(nn.Module):
             segment_ids: [B, T] document ids; nothing crosses a change.
             context, context_mask, positions: of the mixer contract; this mixer takes none.
         """
-        if context is not None or context_mask is not None or positions is not None:
-            raise ValueError("S4D mixes along time: no context or explicit positions")
+        refuse_context(self, context, context_mask, positions)
         u = constrain(x, "batch", "seq", None).astype(jnp.float32)
-        if mask is not None:
-            u = fill_invalid(u, jnp.sum(mask != 0, axis=1, dtype=jnp.int32))
+        u = fill_invalid(u, row_lengths(mask))
         if segment_ids is None:
             y = self._filter(u)
         else:
@@ -189,12 +188,8 @@ class S4D(nn.Module):
         """
         if self.bidirectional:
             raise ValueError("a bidirectional layer needs the whole sequence; it has no state")
-        if lengths is None and mask is not None:
-            lengths = jnp.sum(mask != 0, axis=1, dtype=jnp.int32)
-        resets, segment = None, state.segment
-        if segment_ids is not None:
-            resets = resets_from_segments(segment_ids, state.segment)
-            segment = last_segment(segment_ids, state.segment, lengths)
+        lengths = row_lengths(mask) if lengths is None else lengths
+        resets, segment = enter_segments(segment_ids, state.segment, lengths)
         u = fill_invalid(x.astype(jnp.float32), lengths)
         y, (real, imag) = self._scan(u, self.C, (state.real, state.imag), resets, lengths)
         return self._output(u, y), S4DState(real, imag, segment), {}

@@ -18,6 +18,7 @@ from ..layers.mlp import fan_in
 from ..layers.norms import RMSNorm, rms_normalise
 from ..partition import constrain
 from .attention import dense_attention, flash_attention, init_dense_state
+from .contract import refuse_context
 
 AttentionState = Any  # VQState or DenseState
 CODES_NAME = "vq_codes"  # for rematerialisation policies
@@ -114,10 +115,7 @@ class VQAttention(nn.Module):
             heads, "stats_delta": sums for `update_codebook`, "metrics": scalars}; empty without a
             codebook.
         """
-        if context is not None or context_mask is not None or positions is not None:
-            raise ValueError(
-                "VQAttention is causal self-attention: no context or explicit positions"
-            )
+        refuse_context(self, context, context_mask, positions)
         y, _, aux = self._mix(x, None, None, mask, segment_ids, None)
         return y, aux
 
