@@ -12,7 +12,7 @@ kernel scans those, and the main pass starts every chunk from its true state.
 
 Floors, arrays of B T D over HBM: forward 3 (a, x in, h out), in chunks 5; backward 5 (a, h, ct in,
 da, dx out), in chunks 7. 2 and 4 flops an element (8 and 20 for pairs, with twice the arrays).
-D is padded, by a copy, where rows of HBM are not a multiple of 16 bytes, and below 128 channels.
+D is padded, by a copy, where rows of HBM are not a multiple of 16 bytes, and up to 128 channels.
 """
 
 from __future__ import annotations
@@ -57,16 +57,18 @@ class _Plan:
         self.n, self.down = n, down
         self.rows = max(GROUP, TILE_BYTES // (n * max(sizes) * LANES) // GROUP * GROUP)
         whole = 16 // min(sizes)
-        self.width = max(LANES, -(-width // whole) * whole)
+        blocks = pl.cdiv(width, LANES)
+        # A tile as wide as its array would be one piece of memory, which the copy engine moves
+        # whole: it would not stop at the last step of a row, as it does for a window.
+        self.width = LANES + whole if blocks == 1 else -(-width // whole) * whole
         self.tiles = pl.cdiv(self.t_len, self.rows)
-        blocks = pl.cdiv(self.width, LANES)
         self.lanes = blocks * LANES  # of states and summaries
         self.per_chunk = chunk_tiles(batch * blocks, self.tiles)
         self.chunks = pl.cdiv(self.tiles, self.per_chunk)
         self.grid = (batch, self.chunks, blocks)
 
     def pad(self, parts: Parts) -> Parts:
-        """Arrays that hold a tile: rows of HBM of whole 16 bytes, 128 channels, a tile of steps."""
+        """Arrays wider than a tile, of at least its steps, rows of whole 16 bytes."""
         missing = (0, max(0, self.rows - self.t_len)), (0, self.width - parts[0].shape[2])
         if missing == ((0, 0), (0, 0)):
             return parts
