@@ -343,34 +343,68 @@ def gpu_inputs(length, **sizes):
 
 @GPU_INTERPRETER
 @pytest.mark.parametrize(
-    "split, length, sizes",
+    "split, length, sizes, options",
     [
-        (1, 130, {"heads": 4, "groups": 2}),  # three chunks, two heads to a program
-        (2, 250, {"heads": 1, "groups": 1, "n": 128}),  # one head to a program, two segments
-        (3, 3 * 64, {"heads": 2, "groups": 1, "skip": "", "gate": False, "resets": False}),
-        (1, 5, {"heads": 2, "groups": 2}),  # a single chunk
+        (1, 130, {"heads": 4, "groups": 2, "skip": "HP"}, {}),  # three chunks, a block per group
+        (2, 250, {"heads": 1, "groups": 1, "n": 128}, {"lengths": [250, 131], "reverse": True}),
+        (3, 3 * 64, {"heads": 2, "groups": 1, "skip": "", "gate": False, "resets": False}, {}),
+        (1, 5, {"heads": 2, "groups": 2}, {}),  # a single chunk
+        slow(1, 70, {"heads": 6, "groups": 1, "n": 128}, {}),  # more heads than stages
+        slow(1, 70, {"heads": 2, "groups": 1, "p": 128}, {"dt_limit": (0.05, 0.5)}),
     ],
 )
-def test_gpu_kernel(split, length, sizes, monkeypatch):
-    """The kernel in the interpreter (products in registers replaced), forward and gradient."""
-    from lintime.kernels_pallas.ssd import pallas_gpu
+def test_gpu_kernel(split, length, sizes, options, monkeypatch):
+    """The kernels in the interpreter (products in registers replaced), forward and gradient."""
+    from lintime.kernels_pallas.ssd import gpu_backward, pallas_gpu
 
     monkeypatch.setattr(pallas_gpu, "segments", lambda *_: split)
+    monkeypatch.setattr(gpu_backward, "PROCESSORS", 1)  # all heads of a group in one block
     inputs = gpu_inputs(length, **sizes)
     if split == 3:
         del inputs["state"]
-    options = {"dt_softplus": True, "chunk": 64}
+    options = {"dt_softplus": True, "chunk": 64} | options
+    if "lengths" in options:
+        options["lengths"] = jnp.asarray(options["lengths"], jnp.int32)
     run = lambda a: ssd(**a, **options, implementation="pallas_gpu")
     got = jax.jit(run)(inputs)
     assert got[0].dtype == jnp.bfloat16 and got[1].dtype == jnp.float32
     wide = {k: jnp.asarray(v, jnp.float32) if v.dtype != bool else v for k, v in inputs.items()}
     want = jax.jit(lambda a: ssd(**a, **options, implementation="reference"))(wide)
     assert_close(to_numpy(got), to_numpy(want), 1e-2, "")
-    for chunk in {1: (96,), 2: (64, 128)}.get(split, ()):  # states made again, kept by the kernel
-        options["chunk"] = chunk
-        got = value_and_grads(inputs, **options, implementation="pallas_gpu")[1]
-        want = value_and_grads(inputs, **options, implementation="xla")[1]
-        assert_close(got, want, 2e-2, f"chunk={chunk}: gradient of ")
+    got = value_and_grads(inputs, **options, implementation="pallas_gpu")[1]
+    want = value_and_grads(wide, **options, implementation="reference")[1]
+    assert_close(got, want, 2e-2, "gradient of ")
+
+
+@GPU_INTERPRETER
+@pytest.mark.parametrize("wanted", ["y", "state"])
+def test_gpu_gradient_of_one_output(wanted):
+    """Only one of the two outputs is used."""
+    inputs = gpu_inputs(70, heads=2, groups=1, gate=False)
+    resets = inputs.pop("resets")
+    wide = {k: jnp.asarray(v, jnp.float32) for k, v in inputs.items()}
+
+    def grad(implementation, inputs):
+        pick = 0 if wanted == "y" else 1
+        run = lambda m: ssd(
+            **m, resets=resets, dt_softplus=True, chunk=64, implementation=implementation
+        )[pick]
+        total = lambda m: jnp.sum(jnp.cos(run(m).astype(jnp.float32)))
+        return to_numpy(jax.jit(jax.grad(total))(inputs))
+
+    got, want = grad("pallas_gpu", inputs), grad("reference", wide)
+    assert_close(got, want, 2e-2, f"only {wanted}: ")
+
+
+@GPU_INTERPRETER
+def test_gpu_gradient_of_weak_decay():
+    """What cancels in the gradient of A and dt cancels: steps so small that nothing decays."""
+    inputs = gpu_inputs(70, heads=2, groups=1, gate=False, resets=False)
+    del inputs["dt_bias"]
+    inputs["dt"] = (1e-4 * np.exp(0.3 * inputs["dt"])).astype(np.float32)
+    wide = {k: jnp.asarray(v, jnp.float32) for k, v in inputs.items()}
+    got = value_and_grads(inputs, chunk=64, implementation="pallas_gpu")[1]
+    assert_close(got, value_and_grads(wide, implementation="reference")[1], 1e-2, "")
 
 
 def test_gpu_lowers():
@@ -383,8 +417,12 @@ def test_gpu_lowers():
             lambda a: ssd(**a, dt_softplus=True, implementation="pallas_gpu"), inputs
         )
         assert text.count("custom_call @mosaic_gpu") == kernels
-    text = lower_for_cuda(gradient("pallas_gpu", 128), packed)
-    assert "custom_call @mosaic_gpu" in text
+    few = operands(1, 4096, 2, 64, 64)  # segments: a pass of its own before the walk, each way
+    for inputs, kernels in ((packed, 3), (few, 5), (operands(2, 256, 6, 128, 64), 3)):
+        text = lower_for_cuda(gradient("pallas_gpu", 128), inputs)
+        assert text.count("custom_call @mosaic_gpu") == kernels
+    text = lower_for_cuda(gradient("pallas_gpu", 128), operands(2, 64, 2, 64, 64))
+    assert "mosaic_gpu" not in text  # a single chunk: XLA's gradient
 
 
 def test_gpu_segments_fill_the_chip():
@@ -393,6 +431,15 @@ def test_gpu_segments_fill_the_chip():
 
     assert segments(8, 64, 32) == 1 and segments(64, 48, 4) == 1
     assert segments(1, 64, 1024) == 8 and segments(1, 1, 16) == 2 and segments(1, 1, 1) == 1
+
+
+def test_gpu_blocks_of_heads():
+    """Heads per program: as many as leave whole waves, all where there are chunks enough."""
+    from lintime.kernels_pallas.ssd.gpu_backward import block_of_heads
+
+    assert [block_of_heads(64, n) for n in (1, 256, 1024)] == [1, 64, 64]
+    assert block_of_heads(48, 256) == 48 and block_of_heads(6, 132 * 4) == 6
+    assert block_of_heads(64, 66) == 32
 
 
 @pytest.mark.parametrize(

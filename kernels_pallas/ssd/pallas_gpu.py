@@ -1,4 +1,4 @@
-"""SSD forward on Hopper GPUs: one kernel with warpgroup matrix products (Pallas Mosaic GPU).
+"""SSD on Hopper GPUs: one kernel with warpgroup matrix products (Pallas Mosaic GPU).
 
 A program owns one or two heads of a group and one segment of time; each head has a warpgroup of its
 own, a further one brings the tiles of x, B, C and the step sizes through shared memory. Chunks of
@@ -14,32 +14,52 @@ each segment's own last state (it reads x and B only), `pass_states` joins them,
 starts every segment from its true state.
 
 HBM bytes for E = B T H P elements of 2 bytes: 4 E (6 E with segments), and 8 E/P for cs and dt;
-multiply-adds per element: 64 + 64 N/P + 2 N. The gradient is that of `xla`; for it the kernel also
-writes the states entering the chunks of the gradient, 2 E N/chunk bytes. Lowered for CUDA and run
-in the interpreter; its speed is not measured.
+multiply-adds per element: 64 + 64 N/P + 2 N.
+
+For the gradient the kernel also writes the state entering every chunk, 2 E N/64 bytes. The gradient
+dH of the state leaving a chunk obeys the same recurrence, from the last chunk to the first,
+
+    dH^T = exp(cs_Q) dH^T + C^T (exp(cs) dy)
+
+so the same kernel makes and keeps it (x is dy, B is C); `gpu_backward` takes all chunks from there.
 """
 
 from __future__ import annotations
 
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.custom_derivatives import SymbolicZero
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from .. import dispatch
-from ..compat import gpu_kernel, out_like
+from ..compat import gpu_kernel, out_like, vary
 from ..time_axis import pad_time
+from .gpu_backward import gradients
+from .gpu_tiles import (
+    COLUMN,
+    LOG2E,
+    ROW,
+    TILE,
+    Q,
+    across,
+    down,
+    load,
+    load_wide,
+    parts,
+    positions,
+    products,
+    tiled,
+    zeros,
+)
 from .prepare import cut
-from .xla import backward, entering_states, pass_states, values
+from .xla import backward, pass_states, values
 
-Q = 64  # steps per chunk
 STAGES = 2  # chunks in shared memory
 PROGRAMS = 264  # two per multiprocessor; fewer programs than half of it are split along time
-LOG2E = math.log2(math.e)
 
 
 def check_sizes(x: Array, n: int) -> None:
@@ -62,51 +82,25 @@ def segments(batch: int, heads: int, chunks: int) -> int:
     return max(1, min(PROGRAMS // programs, chunks // 8))
 
 
-def _tiled(*shape, dtype):
-    """Shared memory in the layout that warpgroup products read."""
-    lanes = 128 // jnp.dtype(dtype).itemsize
-    transforms = (plgpu.TilingTransform((8, lanes)), plgpu.SwizzleTransform(128))
-    return plgpu.SMEM(shape, dtype, transforms=transforms)
-
-
-_TILE = plgpu.Layout.WGMMA
-_ROW, _COLUMN = _TILE.reduce(0), _TILE.reduce(1)  # indexed by column, by row of a tile
-
-
-def _load(ref, layout):
-    return plgpu.layout_cast(ref[...], layout)
-
-
-def _across(v, shape):
-    """A value per row, along the rows of a tile."""
-    return lax.broadcast_in_dim(v, shape, (0,))
-
-
-def _down(v, shape):
-    """A value per column, down the columns of a tile."""
-    return lax.broadcast_in_dim(v, shape, (1,))
-
-
-def _parts(v):
-    """Three bfloat16 arrays, stacked before the last two axes, whose sum is the float32 v."""
-    parts = []
-    for _ in range(3):
-        part = lax.reduce_precision(v, 8, 7)  # astype and back would be simplified away
-        parts.append(part.astype(jnp.bfloat16))
-        v = v - part
-    return jnp.stack(parts, axis=-3)
-
-
-def _product(acc, a, b, interpret):
-    """acc + a b, of registers; a in registers or shared memory, b in shared memory."""
-    if interpret:  # no accumulators with a value and no operands in registers there
-        values = (v if isinstance(v, jax.Array) else v[...] for v in (a, b))
-        return acc + jnp.dot(*values, preferred_element_type=jnp.float32)
-    return pl.run_state(lambda ref: plgpu.wgmma(ref, a, b))(plgpu.ACC.init(acc))
+def _at(segment, i, tiles, reverse):
+    """Chunk that a segment comes to in its i-th step."""
+    return segment * tiles + (tiles - 1 - i if reverse else i)
 
 
 def _compute(
-    refs, smem, barriers, where, *, tiles, wgs, has_d, has_state, has_counts, summary, every
+    refs,
+    smem,
+    barriers,
+    where,
+    *,
+    tiles,
+    wgs,
+    has_d,
+    has_state,
+    has_counts,
+    summary,
+    every,
+    reverse,
 ):
     """One warpgroup: all chunks of one head and one segment."""
     interpret = bool(dispatch.interpret("gpu"))
@@ -126,33 +120,36 @@ def _compute(
     def fetch(src, dst, layout):
         plgpu.copy_gmem_to_smem(src, dst, once.at[wg])
         plgpu.barrier_wait(once.at[wg])
-        return _load(dst, layout)
+        return load(dst, layout)
 
-    skip = fetch(d_ref.at[head], smem["d"].at[wg], _ROW) if has_d else None
-    state = plgpu.layout_cast(jnp.zeros((n, p), jnp.float32), _TILE)
+    skip = fetch(d_ref.at[head], smem["d"].at[wg], ROW) if has_d else None
+    state = zeros(n, p)
     for part in range(3 * has_state):
         source = first_ref.at[b, seg, head, part]
-        state = state + fetch(source, smem["state"].at[wg], _TILE).astype(jnp.float32)
+        state = state + fetch(source, smem["state"].at[wg], TILE).astype(jnp.float32)
 
     def chunk(i, state):
         slot = lax.rem(i, STAGES)
         plgpu.barrier_wait(full.at[slot])
         x_s, b_s = smem["x"].at[slot, wg], smem["b"].at[slot]
         vec = smem["vec"].at[slot, wg]
-        cs, dt = _load(vec.at[0], _COLUMN), _load(vec.at[1], _COLUMN)
+        cs, dt = load(vec.at[0], COLUMN), load(vec.at[1], COLUMN)
         end = vec[0, Q - 1]
-        total, weight = jnp.exp2(end), dt * jnp.exp2(jnp.minimum(end - cs, 0))
+        total = jnp.exp2(end)
+        weight = jnp.exp2(cs) if reverse else dt * jnp.exp2(jnp.minimum(end - cs, 0))
         if has_counts:
-            n_at, n_end = _load(smem["counts"].at[slot], _COLUMN), smem["counts"][slot, Q - 1]
+            n_at, n_end = load(smem["counts"].at[slot], COLUMN), smem["counts"][slot, Q - 1]
             total = jnp.where(n_end == 0, total, 0.0)
-            weight = jnp.where(n_at == n_end, weight, 0.0)
+            weight = jnp.where(n_at == (0.0 if reverse else n_end), weight, 0.0)
         scaled = smem["scaled"].at[wg]
-        x = _load(x_s, _TILE).astype(jnp.float32)
-        scaled[...] = (x * _across(weight, (Q, p))).astype(dtype)
-        if not summary:
+        x = load_wide(x_s)
+        scaled[...] = (x * across(weight, (Q, p))).astype(dtype)
+        if every and summary:
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # of the last state
+        if every or not summary:
             smem["state"].at[wg][...] = state.astype(dtype)
         plgpu.commit_smem()
-        at_tile = seg * tiles + i
+        at_tile = _at(seg, i, tiles, reverse)
         if every:
 
             @pl.when(lax.rem(at_tile, every) == 0)
@@ -163,36 +160,36 @@ def _compute(
         if not summary:
             c_s = smem["c"].at[slot]
 
-            def products(cb, off):
+            def both(cb, off):
                 plgpu.wgmma(cb, c_s, b_s.transpose((1, 0)))
                 plgpu.wgmma(off, c_s, smem["state"].at[wg])
                 return cb[...], off[...]
 
             cb, y = pl.run_scoped(
-                products, plgpu.ACC((Q, Q), jnp.float32), plgpu.ACC((Q, p), jnp.float32)
+                both, plgpu.ACC((Q, Q), jnp.float32), plgpu.ACC((Q, p), jnp.float32)
             )
-            from_, steps = _load(vec.at[0], _ROW), _load(vec.at[1], _ROW)
-            at = plgpu.broadcasted_iota(jnp.int32, (Q, Q), 0, layout=_TILE)
-            before = plgpu.broadcasted_iota(jnp.int32, (Q, Q), 1, layout=_TILE) <= at
+            from_, steps = load(vec.at[0], ROW), load(vec.at[1], ROW)
+            row, column = positions()
+            before = column <= row
             into = jnp.exp2(cs)
-            exponent = jnp.minimum(_across(cs, (Q, Q)) - _down(from_, (Q, Q)), 0)
-            decay = jnp.where(before, jnp.exp2(jnp.where(before, exponent, -jnp.inf)), 0.0)
+            exponent = jnp.minimum(across(cs, (Q, Q)) - down(from_, (Q, Q)), 0)
+            decay = jnp.exp2(jnp.where(before, exponent, -jnp.inf))
             if has_counts:
-                n_from = _load(smem["counts"].at[slot], _ROW)
-                same = _across(n_at, (Q, Q)) == _down(n_from, (Q, Q))
+                n_from = load(smem["counts"].at[slot], ROW)
+                same = across(n_at, (Q, Q)) == down(n_from, (Q, Q))
                 decay = jnp.where(same, decay, 0.0)
                 into = jnp.where(n_at == 0, into, 0.0)
-            scores = (cb * decay * _down(steps, (Q, Q))).astype(dtype)
-            y = y * _across(into, (Q, p))
+            scores = (cb * decay * down(steps, (Q, Q))).astype(dtype)
+            y = y * across(into, (Q, p))
             if has_d:  # x once more from shared memory: registers are scarce
-                y = y + _load(x_s, _TILE).astype(jnp.float32) * _down(skip, (Q, p))
-            y = _product(y, scores, x_s, interpret)
+                y = y + load_wide(x_s) * down(skip, (Q, p))
+            (y,) = products(interpret, (y, (scores, x_s)))
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # of the last y and of this state
             y_s = smem["y"].at[wg]
             y_s[...] = y.astype(y_s.dtype)
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(y_s, y_ref.at[b, pl.ds(at_tile * Q, Q), head])
-        state = _product(state * total, b_s.transpose((1, 0)), scaled, interpret)
+        (state,) = products(interpret, (state * total, (b_s.transpose((1, 0)), scaled)))
         plgpu.barrier_arrive(empty.at[slot])
         return state
 
@@ -201,7 +198,7 @@ def _compute(
     plgpu.wait_smem_to_gmem(0)
 
 
-def _bring(refs, smem, barriers, where, *, tiles, wgs, per_group, has_counts, summary):
+def _bring(refs, smem, barriers, where, *, tiles, wgs, per_group, has_counts, summary, reverse):
     """The warpgroup that copies tiles to shared memory."""
     x_ref, b_ref, c_ref, vec_ref = refs[:4]
     full, empty, _ = barriers
@@ -210,7 +207,8 @@ def _bring(refs, smem, barriers, where, *, tiles, wgs, per_group, has_counts, su
 
     def copy(i):
         slot = lax.rem(i, STAGES)
-        rows = pl.ds((seg * tiles + i) * Q, Q)
+        tile = _at(seg, i, tiles, reverse)
+        rows = pl.ds(tile * Q, Q)
         send = lambda src, dst: plgpu.copy_gmem_to_smem(src, dst, full.at[slot])
         send(b_ref.at[b, rows, group], smem["b"].at[slot])
         if not summary:
@@ -218,9 +216,9 @@ def _bring(refs, smem, barriers, where, *, tiles, wgs, per_group, has_counts, su
         for wg in range(wgs):
             head = pair * wgs + wg
             send(x_ref.at[b, rows, head], smem["x"].at[slot, wg])
-            send(vec_ref.at[b, seg * tiles + i, head], smem["vec"].at[slot, wg])
+            send(vec_ref.at[b, tile, head], smem["vec"].at[slot, wg])
         if has_counts:
-            send(refs[4].at[b, seg * tiles + i], smem["counts"].at[slot])
+            send(refs[4].at[b, tile], smem["counts"].at[slot])
 
     for i in range(min(STAGES, tiles)):
         copy(jnp.int32(i))
@@ -231,32 +229,41 @@ def _bring(refs, smem, barriers, where, *, tiles, wgs, per_group, has_counts, su
         copy(i)
 
 
-def _call(x, B, C, vec, counts, D, first, *, split, summary, out_dtype, every=0):
+def _call(
+    x, B, C, vec, counts, D, first, *, split, summary=False, out_dtype=None, every=0, reverse=False
+):
     """(y [B, T, H, P], states entering every `every`-th chunk [B, c, H, N, P], states after every
-    segment [B, split, H, N, P]); only the last if `summary`, the second only if `every`.
+    segment [B, split, H, N, P]); no y if `summary`, the second only if `every`.
+
+    With `reverse` (and `summary`) the walk of the gradient of the state: x is dy, B is C, chunks
+    come last to first, and the states kept are those leaving the chunks.
     """
     batch, t_len, heads, p = x.shape
     groups, n = B.shape[2:]
     per_group = heads // groups
     # Two heads of P = 128 with a float32 y would take more shared memory than there is.
-    wgs = 2 if per_group % 2 == 0 and p * jnp.dtype(out_dtype).itemsize <= 256 else 1
+    wide_y = not summary and p * jnp.dtype(out_dtype).itemsize > 256
+    wgs = 2 if per_group % 2 == 0 and not wide_y else 1
     tiles = t_len // Q // split
-    flags = dict(tiles=tiles, wgs=wgs, has_counts=counts is not None, summary=summary)
+    flags = dict(
+        tiles=tiles, wgs=wgs, has_counts=counts is not None, summary=summary, reverse=reverse
+    )
 
     def body(*refs):
         where = [lax.axis_index(name) for name in ("rows", "segments", "heads", "wg")]
         scratch = {
-            "x": _tiled(STAGES, wgs, Q, p, dtype=x.dtype),
-            "b": _tiled(STAGES, Q, n, dtype=x.dtype),
-            "scaled": _tiled(wgs, Q, p, dtype=x.dtype),
+            "x": tiled(STAGES, wgs, Q, p, dtype=x.dtype),
+            "b": tiled(STAGES, Q, n, dtype=x.dtype),
+            "scaled": tiled(wgs, Q, p, dtype=x.dtype),
             "vec": plgpu.SMEM((STAGES, wgs, 2, Q), jnp.float32),
         }
         if counts is not None:
             scratch["counts"] = plgpu.SMEM((STAGES, Q), jnp.float32)
         if not summary:
-            scratch["c"] = _tiled(STAGES, Q, n, dtype=x.dtype)
-            scratch["state"] = _tiled(wgs, n, p, dtype=x.dtype)
-            scratch["y"] = _tiled(wgs, Q, p, dtype=out_dtype)
+            scratch["c"] = tiled(STAGES, Q, n, dtype=x.dtype)
+            scratch["y"] = tiled(wgs, Q, p, dtype=out_dtype)
+        if every or not summary or first is not None:
+            scratch["state"] = tiled(wgs, n, p, dtype=x.dtype)
         if D is not None:
             scratch["d"] = plgpu.SMEM((wgs, p), jnp.float32)
         arrivals = 1 + (not summary) + 2 * wgs + (counts is not None)
@@ -269,19 +276,19 @@ def _call(x, B, C, vec, counts, D, first, *, split, summary, out_dtype, every=0)
         def scoped(smem, barriers):
             @pl.when(where[-1] < wgs)
             def _():
-                plgpu.set_max_registers(232, action="increase")
+                plgpu.set_max_registers(240, action="increase")
                 _compute(refs, smem, barriers, where, has_d=D is not None, every=every,
                          has_state=first is not None, **flags)  # fmt: skip
 
             @pl.when(where[-1] == wgs)
             def _():
-                plgpu.set_max_registers(40, action="decrease")
+                plgpu.set_max_registers(24, action="decrease")
                 _bring(refs, smem, barriers, where, per_group=per_group, **flags)
 
         pl.run_scoped(scoped, scratch, barriers, collective_axes="wg")
 
-    parts = None if first is None else _parts(first)
-    operands = [v for v in (x, B, C, vec, counts, D, parts) if v is not None]
+    first = None if first is None else parts(first)
+    operands = [v for v in (x, B, C, vec, counts, D, first) if v is not None]
     out_type = [out_like(x, (batch, split, heads, n, p), jnp.float32)]
     if every:
         kept = -(-tiles * split // every)
@@ -302,64 +309,85 @@ def _call(x, B, C, vec, counts, D, first, *, split, summary, out_dtype, every=0)
     )(*operands)  # fmt: skip
 
 
-def _forward(x, dt, a, B, C, D, state, resets, out_dtype, every=0):
-    """(y, final state, states entering every `every`-th chunk [B, c, H, N, P] or None)."""
-    check_sizes(x, B.shape[-1])
-    batch, t_len, heads, p = x.shape
-    split = segments(batch, heads, -(-t_len // Q))
+def _cut_in_time(dt, a, resets, split):
+    """(cs [B, c, H, Q], vec [B, c, H, 2, Q] of cs in bits and dt, counts [B, c, Q] or None)."""
     pad = lambda v: pad_time(v, Q * split)
-    by_chunk = lambda v: jnp.moveaxis(cut(pad(v), Q), 2, 3)  # [B, c, H, Q]
+    by_chunk = lambda v: jnp.moveaxis(cut(pad(v), Q), 2, 3)
     cs = jnp.cumsum(by_chunk(a), axis=-1)
-    vec = jnp.stack([cs * LOG2E, by_chunk(dt)], axis=3)
     counts = None
     if resets is not None:
         counts = jnp.cumsum(cut(pad(resets), Q).astype(jnp.float32), axis=-1)
-    x_, B_, C_ = (pad(v) for v in (x, B, C))
-    call = functools.partial(_call, x_, B_, C_, vec, counts, split=split, out_dtype=out_dtype)
-    first = None if state is None else state.swapaxes(2, 3)[:, None]
-    if split > 1:
-        (own,) = call(None, None, summary=True)
-        by_segment = lambda v: v.reshape(batch, split, -1, *v.shape[2:])
-        log_total = jnp.sum(by_segment(cs[..., -1]), axis=2)[..., None]
-        closed = None
-        if resets is not None:
-            closed = jnp.any(by_segment(counts[..., -1]) > 0, axis=2)
-        start = None if state is None else first[:, 0][:, :, None]
-        entering, _ = pass_states(log_total, closed, own[:, :, :, None], start)
-        first = entering[:, :, :, 0]
-    y, *states, final = call(D, first, summary=False, every=every)
+    return cs, jnp.stack([cs * LOG2E, by_chunk(dt)], axis=3), counts
+
+
+def _first_states(call, cs, counts, state, split, reverse=False):
+    """S^T before the first chunk of every segment [B, split, H, N, P], or None for zeros."""
+    first = None if state is None else state.swapaxes(2, 3)
+    if split == 1:
+        return None if first is None else first[:, None]
+    (own,) = call(None, None, summary=True)
+    by_segment = lambda v: v.reshape(v.shape[0], split, -1, *v.shape[2:])
+    log_total = jnp.sum(by_segment(cs[..., -1]), axis=2)[..., None]
+    closed = None if counts is None else jnp.any(by_segment(counts[..., -1]) > 0, axis=2)
+    first = None if first is None else first[:, :, None]
+    entering, _ = pass_states(log_total, closed, own[:, :, :, None], first, reverse=reverse)
+    return entering[:, :, :, 0]
+
+
+def _forward(x, dt, a, B, C, D, state, resets, out_dtype, every=0):
+    """(y, final state, states entering every `every`-th chunk [B, c, H, N, P] or None)."""
+    check_sizes(x, B.shape[-1])
+    batch, t_len, heads, _ = x.shape
+    split = segments(batch, heads, -(-t_len // Q))
+    cs, vec, counts = _cut_in_time(dt, a, resets, split)
+    x, B, C = (pad_time(v, Q * split) for v in (x, B, C))
+    call = functools.partial(_call, x, B, C, vec, counts, split=split)
+    first = _first_states(call, cs, counts, state, split)
+    y, *states, final = call(D, first, every=every, out_dtype=out_dtype)
     return y[:, :t_len], final[:, -1].swapaxes(2, 3), states[0] if every else None
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(8, 9))
-def _ssd(x, dt, a, B, C, D, state, resets, chunk, out_dtype):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(8,))
+def _ssd(x, dt, a, B, C, D, state, resets, out_dtype):
     return _forward(x, dt, a, B, C, D, state, resets, out_dtype)[:2]
 
 
 def _ssd_fwd(*args):
-    operands, chunk = values(args[:8]), args[8]
-    x, B, state = operands[0], operands[3], operands[6]
-    t_len = x.shape[1]
-    if chunk % Q or (t_len <= chunk and state is None):  # the gradient makes its own, or needs none
-        return _ssd(*operands, *args[8:]), (operands, entering_states(operands, chunk))
-    y, final, states = _forward(*operands, args[9], every=chunk // Q)
-    states = states[:, : -(-t_len // chunk)]
-    by_group = states.reshape(*states.shape[:2], B.shape[2], -1, *states.shape[3:])
-    return (y, final), (operands, by_group.swapaxes(-1, -2))
+    operands, out_dtype = values(args[:8]), args[8]
+    if operands[0].shape[1] <= Q and operands[6] is None:  # a single chunk: nothing enters it
+        return _ssd(*operands, out_dtype), (operands, None)
+    y, final, states = _forward(*operands, out_dtype, every=1)
+    return (y, final), (operands, states)
 
 
-def _ssd_bwd(chunk, out_dtype, residuals, cotangents):
-    return (*backward(*residuals, *cotangents, chunk), None)
+def _ssd_bwd(out_dtype, residuals, cotangents):
+    operands, states = residuals
+    if states is None:
+        return (*backward(operands, None, *cotangents, Q), None)
+    x, dt, a, B, C, D, state, resets = operands
+    batch, t_len, heads, _ = x.shape
+    dy, dfinal = cotangents
+    dy = vary(jnp.zeros(x.shape, x.dtype), x) if isinstance(dy, SymbolicZero) else dy
+    dfinal = None if isinstance(dfinal, SymbolicZero) else dfinal
+    split = segments(batch, heads, -(-t_len // Q))
+    cs, vec, counts = _cut_in_time(dt, a, resets, split)
+    x, dy, B, C = (pad_time(v.astype(x.dtype), Q * split) for v in (x, dy, B, C))
+    call = functools.partial(_call, dy, C, C, vec, counts, split=split, reverse=True)
+    first = _first_states(call, cs, counts, dfinal, split, reverse=True)
+    leaving, last = call(None, first, summary=True, every=1)
+    grads = gradients(x, B, C, D, dy, cs, vec, counts, states, leaving, t_len)
+    return *grads, None if state is None else last[:, 0].swapaxes(2, 3), None
 
 
 _ssd.defvjp(_ssd_fwd, _ssd_bwd, symbolic_zeros=True)
 
 
 def ssd_pallas_gpu(x, dt, a, B, C, D, state, resets, *, chunk, out_dtype) -> tuple[Array, Array]:
-    """See `prepare` for the arguments. The kernel's chunks are 64 steps; `chunk` is that of the
-    gradient.
+    """See `prepare` for the arguments. The kernels' chunks are 64 steps; `chunk` is not used.
+
+    The gradient comes from kernels too, from XLA's form only for T <= 64 without a state.
 
     Raises:
         ValueError: x is not bfloat16, or P and N are not multiples of 64 with P N <= 8192.
     """
-    return _ssd(x, dt, a, B, C, D, state, resets, chunk, out_dtype)
+    return _ssd(x, dt, a, B, C, D, state, resets, out_dtype)
