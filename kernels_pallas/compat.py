@@ -146,6 +146,15 @@ def gpu_kernel(
     return mosaic_gpu.kernel(body, out_type=out_type, scratch_types=scratch_types, **options)
 
 
+def gpu_load(ref: Any, layout: Any) -> Any:
+    """A piece of HBM straight into registers of a Mosaic GPU kernel, in `layout`."""
+    from jax.experimental.pallas import mosaic_gpu
+
+    index = inspect.signature(mosaic_gpu.load).parameters.get("idx")
+    where = ((),) if index is not None and index.default is inspect.Parameter.empty else ()
+    return mosaic_gpu.load(ref, *where, layout=layout, optimized=False)
+
+
 def jaxpr_eqns(jaxpr: Any) -> list:
     """Equations of a result of `jax.make_jaxpr`, of `traced.jaxpr`, or of an inner jaxpr."""
     return list(getattr(jaxpr, "jaxpr", jaxpr).eqns)

@@ -9,18 +9,22 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from fnmatch import fnmatchcase
+from types import MappingProxyType
 from typing import Any
 
 import jax
+from jax.sharding import AxisType
 
 from . import compat
 
 # op -> {pattern of "platform:device kind": implementations there, the one for None first}. The
 # first matching pattern counts. "platform" is cpu, gpu or tpu; the device kind is jax's own name.
+_HOPPER = ("pallas_gpu", "xla", "reference")
 _EVERYWHERE = {
     "cpu:*": ("xla", "reference", "pallas_tpu", "pallas_gpu"),
     "tpu:*": ("xla", "reference", "pallas_tpu"),
-    "gpu:NVIDIA [HG]*": ("xla", "reference", "pallas_gpu"),  # Hopper, Grace Hopper
+    "gpu:NVIDIA H*": _HOPPER,
+    "gpu:NVIDIA GH*": _HOPPER,  # Grace Hopper
     "*": ("xla", "reference"),
 }
 IMPLEMENTATIONS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
@@ -56,11 +60,24 @@ def interpret(platform: str) -> Any:
     return False if current_device().startswith(platform) else compat.interpret_mode(platform)
 
 
+def _cannot_be_split(name: str) -> bool:
+    """Whether the compiler would have to split a kernel over devices, which it cannot.
+
+    That is so on a mesh of several devices, unless inside a `shard_map` over all of it.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or not name.startswith("pallas"):
+        return False
+    kinds = zip(mesh.axis_sizes, mesh.axis_types, strict=True)
+    return any(size > 1 and kind != AxisType.Manual for size, kind in kinds)
+
+
 def resolve(
     op: str,
     implementation: str | None,
     available: Collection[str],
     *,
+    unable: Mapping[str, str | None] = MappingProxyType({}),
     device: str | None = None,
     table: Mapping[str, Mapping[str, tuple[str, ...]]] = IMPLEMENTATIONS,
 ) -> str:
@@ -71,20 +88,28 @@ def resolve(
         implementation: None takes the first of the table's row that is available; a name is obeyed
             or refused, never replaced.
         available: implementations the op has at all (names, or a mapping with the names as keys).
+        unable: what an implementation does not take of the operands at hand, None for nothing;
+            None passes over such an implementation.
         device: "platform:device kind"; None means `current_device()`.
         table: see `IMPLEMENTATIONS`.
 
     Raises:
-        ValueError: no such implementation for this op and device; says what there is.
+        ValueError: no such implementation for this op, device and operands; says what there is.
     """
     device = current_device() if device is None else device
     row = next((names for key, names in table[op].items() if fnmatchcase(device, key)), ())
     here = [name for name in row if name in available]
     if implementation == "pallas" and f"pallas_{device[:3]}" in here:
         implementation = f"pallas_{device[:3]}"
-    if implementation is None and here:
-        return here[0]
-    if implementation in here:
+    if implementation is None:
+        able = [name for name in here if not unable.get(name) and not _cannot_be_split(name)]
+        if able:
+            return able[0]
+    elif implementation in here:
+        if unable.get(implementation):
+            raise ValueError(
+                f'{op}: {implementation} does not take {unable[implementation]}; use "xla"'
+            )
         return implementation
     choices = ", ".join(repr(name) for name in here) or "nothing"
     reason = "exists, but not for this device" if implementation in available else "does not exist"

@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 
 
 def spread(mask: Array, x: Array) -> Array:
@@ -68,3 +68,28 @@ def last_segment(segment_ids: Array, before: Array, lengths: Array | None = None
     count = jnp.full_like(before, segment_ids.shape[1]) if lengths is None else lengths
     newest = jnp.take_along_axis(segment_ids, jnp.maximum(count - 1, 0)[:, None], axis=1)[:, 0]
     return jnp.where(count > 0, newest.astype(before.dtype), before)
+
+
+def join_chunks(
+    decays: Array, lasts: Array, start: Array, *, reverse: bool = False
+) -> tuple[Array, Array]:
+    """States between chunks of time that were scanned each alone: s_{i+1} = decays_i s_i + lasts_i.
+
+    Args:
+        decays, lasts: [B, chunks, ...], broadcasting: a chunk's whole decay, its last state from 0.
+        start: [B, ...] the state before the first chunk (the last one, if `reverse`).
+
+    Returns:
+        the states entering the chunks [B, chunks, ...], and the last state [B, ...].
+    """
+
+    def advance(state, chunk):
+        decay, last = chunk
+        return decay * state + last, state
+
+    first = lambda x: jnp.moveaxis(x, 1, 0)
+    # Unrolled, a few chunks are one fusion instead of a loop of small kernels.
+    last, entering = lax.scan(
+        advance, start, (first(decays), first(lasts)), reverse=reverse, unroll=16
+    )
+    return jnp.moveaxis(entering, 0, 1), last

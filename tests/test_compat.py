@@ -1,5 +1,6 @@
 """What compat and dispatch promise, on whichever jax is installed."""
 
+import functools
 import types
 
 import jax
@@ -181,6 +182,41 @@ def test_resolve_never_falls_back():
         dispatch.resolve("op", "pallas", ("xla",), device="tpu:TPU v4", table=TABLE)
     with pytest.raises(ValueError, match="'cuda' does not exist"):
         dispatch.resolve("op", "cuda", EVERYTHING, device="cpu:cpu", table=TABLE)
+
+
+def test_resolve_minds_the_operands():
+    """None passes over what does not take them; a name is refused, with the reason."""
+    resolve = functools.partial(dispatch.resolve, "op", device="gpu:NVIDIA H200", table=TABLE)
+    assert resolve(None, EVERYTHING, unable={"pallas": "float64"}) == "xla"
+    assert resolve(None, EVERYTHING, unable={"pallas": None}) == "pallas"
+    with pytest.raises(ValueError, match='op: pallas does not take float64; use "xla"'):
+        resolve("pallas", EVERYTHING, unable={"pallas": "float64"})
+
+
+def test_resolve_gives_the_partitioner_no_kernel():
+    """A mesh of several devices splits programs by itself, which it cannot do to a kernel."""
+    resolve = lambda: dispatch.resolve(
+        "op", None, EVERYTHING, device="gpu:NVIDIA H200", table=TABLE
+    )
+    one, four = (compat.auto_mesh((n,), ("data",)) for n in (1, 4))
+    with compat.set_mesh(one):
+        assert resolve() == "pallas"
+    with compat.set_mesh(four):
+        assert resolve() == "xla"
+        chosen = []
+        jax.shard_map(
+            lambda x: (chosen.append(resolve()), x)[1], in_specs=P("data"), out_specs=P("data")
+        )(jnp.zeros(4))
+        assert set(chosen) == {"pallas"}
+
+
+@pytest.mark.parametrize("op", ["linear_scan", "selective_scan", "ssd"])
+def test_kernels_of_hopper_are_for_hopper(op):
+    first = lambda kind: dispatch.resolve(
+        op, None, ("xla", "pallas_gpu"), device=f"gpu:NVIDIA {kind}"
+    )
+    assert {first(k) for k in ("H100 80GB HBM3", "H200", "GH200 480GB")} == {"pallas_gpu"}
+    assert {first(k) for k in ("GeForce RTX 4090", "A100-SXM4-80GB", "B200")} == {"xla"}
 
 
 def test_every_row_of_the_real_table_ends_in_a_catch_all():

@@ -389,8 +389,8 @@ def test_gpu_gradient_of_one_output(wanted):
         run = lambda m: ssd(
             **m, resets=resets, dt_softplus=True, chunk=64, implementation=implementation
         )[pick]
-        total = lambda m: jnp.sum(jnp.cos(run(m).astype(jnp.float32)))
-        return to_numpy(jax.jit(jax.grad(total))(inputs))
+        weigh = lambda v: jnp.sum(v * jnp.cos(jnp.arange(v.size)).reshape(v.shape))
+        return to_numpy(jax.jit(jax.grad(lambda m: weigh(run(m))))(inputs))
 
     got, want = grad("pallas_gpu", inputs), grad("reference", wide)
     assert_close(got, want, 2e-2, f"only {wanted}: ")
@@ -445,8 +445,8 @@ def test_gpu_blocks_of_heads():
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"x": jnp.float32}, "x is float32; it must be bfloat16"),
-        ({"p": 32}, "head width P=32 and state size N=64 must be multiples of 64"),
+        ({"x": jnp.float32}, "x of float32 "),
+        ({"p": 32}, "head width P=32 with N=64 states"),
         ({"p": 128, "n": 128}, "P N <= 8192"),
     ],
 )
@@ -456,16 +456,6 @@ def test_gpu_refuses(change, message):
     inputs["x"] = inputs["x"].astype(change.get("x", jnp.bfloat16))
     with pytest.raises(ValueError, match=message):
         ssd(**inputs, implementation="pallas_gpu")
-
-
-def test_three_parts_hold_a_float32():
-    """The bfloat16 parts in which the GPU kernel reads a state add up to it."""
-    from lintime.kernels_pallas.ssd.pallas_gpu import _parts
-
-    v = np.random.default_rng(0).standard_normal((3, 4, 5)).astype(np.float32)
-    parts = jax.jit(_parts)(v)
-    assert parts.shape == (3, 3, 4, 5)
-    np.testing.assert_array_equal(jnp.sum(parts.astype(jnp.float32), axis=1), v)
 
 
 @pytest.mark.parametrize("n, reverse", [(33, True), (600, False)])

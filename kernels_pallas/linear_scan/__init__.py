@@ -12,7 +12,7 @@ from jax import Array
 
 from .. import dispatch
 from ..time_axis import fill_invalid
-from .operands import prepare
+from .operands import prepare, unable
 from .pairs import combine
 from .pallas_gpu import linear_scan_gpu
 from .pallas_tpu import linear_scan_tpu
@@ -59,11 +59,14 @@ def linear_scan(
         h; gradients of pairs are those of the real and imaginary parts.
 
     Raises:
-        ValueError: shapes that do not fit together, or an implementation that is not there.
+        ValueError: shapes that do not fit together, or an implementation that is not there or does
+            not take such operands.
     """
     paired = isinstance(x, (tuple, list))
-    name = dispatch.resolve("linear_scan", implementation, IMPLEMENTATIONS)
-    h, last = IMPLEMENTATIONS[name](*prepare(a, x, state, resets, lengths), reverse)
+    operands = prepare(a, x, state, resets, lengths)
+    problems = unable(operands[2])
+    name = dispatch.resolve("linear_scan", implementation, IMPLEMENTATIONS, unable=problems)
+    h, last = IMPLEMENTATIONS[name](*operands, reverse)
     h = tuple(fill_invalid(part, lengths) for part in h)
     return (h, last) if paired else (h[0], last[0])
 

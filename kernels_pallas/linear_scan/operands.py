@@ -12,6 +12,11 @@ from ..time_axis import fill_invalid, spread
 from .pairs import Parts, accumulator
 
 
+def unable(state: Parts) -> dict[str, str | None]:
+    """What which implementation does not take of prepared operands, as `dispatch.resolve` wants."""
+    return {"pallas_gpu": "float64" if state[0].dtype == jnp.float64 else None}
+
+
 def prepare(
     a: Any, x: Any, state: Any, resets: Array | None, lengths: Array | None
 ) -> tuple[Parts, Parts, Parts]:

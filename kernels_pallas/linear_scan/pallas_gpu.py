@@ -367,8 +367,6 @@ def _joined(plan: _Plan, a: Parts, x: Parts, first: Parts, adjoint: bool) -> Par
 
 def scan_forward(a, x, state, reverse):
     """Forward pass, as `pairs.with_gradient` takes it."""
-    if state[0].dtype != jnp.float32:
-        raise ValueError("linear_scan: pallas_gpu has no float64; use xla")
     n, (_, t_len, width) = len(a), x[0].shape
     plan = _Plan((*a, *x), n, not reverse)
     a, x, state = plan.pad(a), plan.pad(x), plan.pad_state(state)

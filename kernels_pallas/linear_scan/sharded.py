@@ -17,7 +17,7 @@ from jax import Array, lax
 from .. import dispatch
 from ..compat import vary, varying_axes
 from . import pallas_gpu, pallas_tpu, xla
-from .operands import prepare
+from .operands import prepare, unable
 from .pairs import Parts, add, mul
 
 # implementation -> its forward and backward pass, as `with_gradient` takes them, and its summary
@@ -53,7 +53,8 @@ def linear_scan_sharded(
     paired = isinstance(x, (tuple, list))
     operands = prepare(a, x, state, resets, None)
     operands = vary(operands, varying_axes(operands) | {axis_name})
-    passes = PASSES[dispatch.resolve("linear_scan", implementation, PASSES)]
+    problems = unable(operands[2])
+    passes = PASSES[dispatch.resolve("linear_scan", implementation, PASSES, unable=problems)]
     h, last = _scan(axis_name, passes, reverse, *operands)
     place, count = _place(axis_name, reverse)
     last = tuple(lax.psum(jnp.where(place == count - 1, p, 0), axis_name) for p in last)

@@ -18,7 +18,7 @@ from jax import Array
 from .. import dispatch
 from ..compat import vary
 from ..time_axis import fill_invalid
-from .fused import NO_STEP
+from .fused import NO_STEP, unable
 from .pallas_gpu import selective_scan_gpu
 from .pallas_tpu import selective_scan_tpu
 from .reference import selective_scan_reference, selective_scan_step
@@ -107,7 +107,8 @@ def selective_scan(
         u, z, resets = (None if x is None else fill_invalid(x, lengths) for x in (u, z, resets))
         delta = fill_invalid(delta, lengths, NO_STEP if delta_softplus else 0)
         B, C = (x if x.ndim == 2 else fill_invalid(x, lengths) for x in (B, C))
-    name = dispatch.resolve("selective_scan", implementation, IMPLEMENTATIONS)
+    problems = unable(u, A, B, C)
+    name = dispatch.resolve("selective_scan", implementation, IMPLEMENTATIONS, unable=problems)
     out, state = IMPLEMENTATIONS[name](
         u, delta, A, B, C, D, z,
         delta_bias=delta_bias, softplus=delta_softplus, state=vary(state.astype(hidden), u),

@@ -9,12 +9,11 @@ from jax import Array, lax
 NO_STEP = -1e4
 
 
-def check_operands(name: str, u: Array, A: Array, B: Array, C: Array, most_states: int):
-    """Refuse what the kernels do not compute.
+MOST_STATES = {"pallas_tpu": 128, "pallas_gpu": 64}  # per channel
 
-    Raises:
-        ValueError: complex A, B or C constant over time, too many states, or float64.
-    """
+
+def unable(u: Array, A: Array, B: Array, C: Array) -> dict[str, str | None]:
+    """What the kernels do not take of the operands, as `dispatch.resolve` wants it."""
     problem = None
     if jnp.iscomplexobj(A):
         problem = "complex A"
@@ -22,12 +21,13 @@ def check_operands(name: str, u: Array, A: Array, B: Array, C: Array, most_state
         problem = "B or C constant over time"
     elif B.shape[2] != C.shape[2]:
         problem = f"{B.shape[2]} groups of B and {C.shape[2]} of C"
-    elif A.shape[1] > most_states:
-        problem = f"{A.shape[1]} states per channel (at most {most_states})"
     elif u.dtype == jnp.float64:
         problem = "float64"
-    if problem:
-        raise ValueError(f'selective_scan: {name} does not take {problem}; use "xla"')
+    too_many = lambda most: f"{A.shape[1]} states per channel (at most {most})"
+    return {
+        name: problem or (too_many(most) if A.shape[1] > most else None)
+        for name, most in MOST_STATES.items()
+    }
 
 
 def sigmoid(x: Array) -> Array:

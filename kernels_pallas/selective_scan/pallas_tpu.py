@@ -23,7 +23,7 @@ from .. import dispatch
 from ..compat import out_like, vary
 from ..softplus import softplus
 from ..time_axis import pad_time
-from .fused import NO_STEP, check_operands, sigmoid, softplus_slope
+from .fused import NO_STEP, sigmoid, softplus_slope
 
 ROWS = 16  # steps unrolled together: a tile of bfloat16 rows
 _LANES, _SUBLANES = 128, 8  # of a float32 tile
@@ -60,11 +60,7 @@ def selective_scan_tpu(
 
     `steps` per block: None chooses by size, and the chip takes multiples of 128. The result does
     not depend on it.
-
-    Raises:
-        ValueError: complex A, constant B or C, more than 128 states, or float64.
     """
-    check_operands("pallas_tpu", u, A, B, C, most_states=128)
     (_, t_len, width), states, groups = u.shape, A.shape[1], B.shape[2]
     per_group = width // groups
     missing = 0 if groups == 1 and width <= 512 else -per_group % _LANES

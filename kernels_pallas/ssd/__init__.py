@@ -122,7 +122,8 @@ def ssd(
     _check(x, dt, A, B, C, D, z, dt_bias, state, resets, lengths, "T")
     if chunk < 1:
         raise ValueError(f"chunk={chunk} must be at least 1")
-    name = dispatch.resolve("ssd", implementation, IMPLEMENTATIONS)
+    problems = prepare.unable(x, B.shape[-1])
+    name = dispatch.resolve("ssd", implementation, IMPLEMENTATIONS, unable=problems)
     acc = prepare.wide(x.dtype)
     dt = prepare.activate(dt, dt_bias, dt_softplus, dt_limit, lengths).astype(acc)
     if resets is not None:

@@ -16,13 +16,13 @@ L_ls = exp(cs_l - cs_s) for s <= l, w_s = dt_s exp(cs_Q - cs_s), e_l = exp(cs_l)
 
 dB and dC of a block of heads stay in registers as float32 accumulators; XLA adds the blocks. Pairs
 are counted without the diagonal, so what cancels in the gradient of a is the same sum in another
-order. From the sums per step XLA makes what runs along time, and dD from x and dy.
+order. From the sums per step XLA makes what runs along time. The reader also sums dy o x over the
+steps, for dD.
 
 Products take operands in x's dtype and accumulate in float32; dM is never rounded. HBM bytes for
-E = B T H P elements of 2 bytes: 6 E (x, dy, dx) and 4 E N/64 (S, dH), 14 E at N = 128; 4 E more
-for dD, 16 E N/(H P) for a block of all heads' dB and dC, written and read. The walk before it takes
-2 E (4 E with segments) and writes 2 E N/64. Multiply-adds per element: 5 x 64 + 4 N for the head
-and 2 x 64 N/P for C . B.
+E = B T H P elements of 2 bytes: 6 E (x, dy, dx) and 4 E N/64 (S, dH), 14 E at N = 128; dB and dC
+of a block of all H heads, written and read, 16 E N/(H P). The walk before it reads 2 E (4 E with
+segments) and writes 2 E N/64. Multiply-adds per element: 3 x 64 + 4 x 64 N/P + 4 N.
 """
 
 from __future__ import annotations
@@ -72,13 +72,11 @@ def _decay(cs_row, cs_column, counts, slot, later):
     shape = (Q, Q)
     row, column = positions()
     within, off = (column <= row, column < row) if later else (row <= column, row < column)
+    if counts is not None:
+        within = within & (across(load(counts, COLUMN), shape) == down(load(counts, ROW), shape))
     difference = across(cs_row, shape) - down(cs_column, shape)
     exponent = jnp.minimum(difference if later else -difference, 0)
-    decay = jnp.exp2(jnp.where(within, exponent, -jnp.inf))
-    if counts is not None:
-        same = across(load(counts, COLUMN), shape) == down(load(counts, ROW), shape)
-        decay = jnp.where(same, decay, 0.0)
-    return decay, off
+    return jnp.exp2(jnp.where(within, exponent, -jnp.inf)), off
 
 
 def _pairs(acc, scaled, state, smem, slot, later, interpret):
@@ -98,7 +96,7 @@ def _pairs(acc, scaled, state, smem, slot, later, interpret):
 
 def _read(out, smem, slot, at, dc, *, interpret):
     """The reader's part of one head: dC so far, with it."""
-    scalars_ref, inner_ref = out
+    scalars_ref, inner_ref, skip_ref = out
     b, chunk, head = at
     dy, s, dh, vec = (smem[k].at[slot] for k in ("dy", "s", "dh", "vec"))
     dtype, p = smem["dy"].dtype, smem["dy"].shape[-1]
@@ -116,6 +114,10 @@ def _read(out, smem, slot, at, dc, *, interpret):
         load_wide(dy) * carried, axis=1
     )
     inner_ref.at[b, chunk, head][...] = jnp.sum(load_wide(s) * load_wide(dh), axis=1)
+    if "d" in smem:
+        skip_ref.at[b, chunk, head][...] = jnp.sum(
+            load_wide(dy) * load_wide(smem["x"].at[slot]), axis=0
+        )
     return dc
 
 
@@ -188,8 +190,8 @@ def _bring(refs, smem, barriers, where, *, heads, stages):
 
 
 def _call(x, dy, B, C, states, leaving, vec, counts, D, chunks):
-    """(dx [B, T, H, P], scalars [B, c, H, 4, Q], inner [B, c, H, N], dB, dC [B, blocks, T, G, N])
-    of the first `chunks` chunks; all but dx float32.
+    """(dx [B, T, H, P], sums per step [B, c, H, 4, Q], inner [B, c, H, N], sums of dy o x
+    [B, c, H, P], dB, dC [B, blocks, T, G, N]) of the first `chunks` chunks; all but dx float32.
     """
     batch, _, heads, p = x.shape
     groups, n = B.shape[2:]
@@ -199,7 +201,7 @@ def _call(x, dy, B, C, states, leaving, vec, counts, D, chunks):
     stages = min(STAGES, block, (SHARED - 2 * Q * (2 * n + p)) // stage)
 
     def body(*refs):
-        ins, (dx_ref, scalars_ref, inner_ref, db_ref, dc_ref) = refs[:-5], refs[-5:]
+        ins, (dx_ref, scalars_ref, inner_ref, skip_ref, db_ref, dc_ref) = refs[:-6], refs[-6:]
         b, chunk, program, wg = (lax.axis_index(v) for v in ("rows", "chunks", "heads", "wg"))
         group, part = lax.div(program, blocks), lax.rem(program, blocks)
         scratch = {
@@ -247,7 +249,7 @@ def _call(x, dy, B, C, states, leaving, vec, counts, D, chunks):
 
             @pl.when(wg == 1)
             def _():
-                heads_of(_read, (scalars_ref, inner_ref), dc_ref, smem, barriers)
+                heads_of(_read, (scalars_ref, inner_ref, skip_ref), dc_ref, smem, barriers)
 
             @pl.when(wg == 2)
             def _():
@@ -273,6 +275,7 @@ def _call(x, dy, B, C, states, leaving, vec, counts, D, chunks):
             out_like(x, (batch, chunks * Q, heads, p), x.dtype),
             wide(batch, chunks, heads, 4, Q),
             wide(batch, chunks, heads, n),
+            wide(batch, chunks, heads, p),
             partial,
             partial,
         ],
@@ -294,7 +297,7 @@ def gradients(x, B, C, D, dy, cs, vec, counts, states, leaving, t_len) -> tuple[
     B, ddt and da [B, T, H] float32. `t_len` steps are computed.
     """
     chunks = -(-t_len // Q)
-    dx, scalars, inner, dB, dC = _call(x, dy, B, C, states, leaving, vec, counts, D, chunks)
+    dx, scalars, inner, skip, dB, dC = _call(x, dy, B, C, states, leaving, vec, counts, D, chunks)
     back_in_time = lambda v: jnp.moveaxis(v, 2, 3).reshape(v.shape[0], -1, v.shape[2])[:, :t_len]
     pairs, off_diagonal, written, read = (scalars[:, :, :, i] for i in range(4))
     dt = vec[:, :chunks, :, 1]
@@ -307,5 +310,5 @@ def gradients(x, B, C, D, dy, cs, vec, counts, states, leaving, t_len) -> tuple[
     dB, dC = (jnp.sum(v, axis=1)[:, :t_len].astype(B.dtype) for v in (dB, dC))
     dD = None
     if D is not None:
-        dD = jnp.sum(dy.astype(jnp.float32) * x, axis=(0, 1))
+        dD = jnp.sum(skip, axis=(0, 1))
     return dx[:, :t_len], back_in_time(pairs + written), back_in_time(da), dB, dC, dD

@@ -53,16 +53,6 @@ def positions():
     return [plgpu.broadcasted_iota(jnp.int32, (Q, Q), axis, layout=TILE) for axis in (0, 1)]
 
 
-def parts(v):
-    """Three bfloat16 arrays, stacked before the last two axes, whose sum is the float32 v."""
-    out = []
-    for _ in range(3):
-        part = lax.reduce_precision(v, 8, 7)  # astype and back would be simplified away
-        out.append(part.astype(jnp.bfloat16))
-        v = v - part
-    return jnp.stack(out, axis=-3)
-
-
 def products(interpret, *sums):
     """For every (acc, (a, b), ...) of `sums` acc + a b + ..., issued together and awaited once.
 

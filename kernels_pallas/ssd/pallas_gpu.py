@@ -36,8 +36,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from .. import dispatch
-from ..compat import gpu_kernel, out_like, vary
-from ..time_axis import pad_time
+from ..compat import gpu_kernel, gpu_load, out_like, vary
+from ..time_axis import join_chunks, pad_time, spread
 from .gpu_backward import gradients
 from .gpu_tiles import (
     COLUMN,
@@ -49,29 +49,16 @@ from .gpu_tiles import (
     down,
     load,
     load_wide,
-    parts,
     positions,
     products,
     tiled,
     zeros,
 )
 from .prepare import cut
-from .xla import backward, pass_states, values
+from .xla import backward, values
 
 STAGES = 2  # chunks in shared memory
 PROGRAMS = 264  # two per multiprocessor; fewer programs than half of it are split along time
-
-
-def check_sizes(x: Array, n: int) -> None:
-    """Raises ValueError for what the kernel cannot compute."""
-    p = x.shape[-1]
-    if x.dtype != jnp.bfloat16:
-        raise ValueError(f"pallas_gpu: x is {x.dtype}; it must be bfloat16 (or use xla)")
-    if p % 64 or n % 64 or p * n > 8192:
-        raise ValueError(
-            f"pallas_gpu: head width P={p} and state size N={n} must be multiples of 64 with "
-            f"P N <= 8192 (or use xla)"
-        )
 
 
 def segments(batch: int, heads: int, chunks: int) -> int:
@@ -124,9 +111,8 @@ def _compute(
 
     skip = fetch(d_ref.at[head], smem["d"].at[wg], ROW) if has_d else None
     state = zeros(n, p)
-    for part in range(3 * has_state):
-        source = first_ref.at[b, seg, head, part]
-        state = state + fetch(source, smem["state"].at[wg], TILE).astype(jnp.float32)
+    if has_state:
+        state = state + gpu_load(first_ref.at[b, seg, head], TILE)
 
     def chunk(i, state):
         slot = lax.rem(i, STAGES)
@@ -157,29 +143,38 @@ def _compute(
                 there = states_ref.at[b, lax.div(at_tile, every), head]
                 plgpu.copy_smem_to_gmem(smem["state"].at[wg], there)
 
-        if not summary:
+        if summary:
+            (state,) = products(interpret, (state * total, (b_s.transpose((1, 0)), scaled)))
+            plgpu.barrier_arrive(empty.at[slot])
+            return state
+
+        def read(acc):
+            """y of the chunk, while the product that advances the state runs into `acc`."""
             c_s = smem["c"].at[slot]
 
-            def both(cb, off):
-                plgpu.wgmma(cb, c_s, b_s.transpose((1, 0)))
-                plgpu.wgmma(off, c_s, smem["state"].at[wg])
-                return cb[...], off[...]
-
-            cb, y = pl.run_scoped(
-                both, plgpu.ACC((Q, Q), jnp.float32), plgpu.ACC((Q, p), jnp.float32)
-            )
             from_, steps = load(vec.at[0], ROW), load(vec.at[1], ROW)
             row, column = positions()
             before = column <= row
-            into = jnp.exp2(cs)
             exponent = jnp.minimum(across(cs, (Q, Q)) - down(from_, (Q, Q)), 0)
             decay = jnp.exp2(jnp.where(before, exponent, -jnp.inf))
             if has_counts:
                 n_from = load(smem["counts"].at[slot], ROW)
                 same = across(n_at, (Q, Q)) == down(n_from, (Q, Q))
                 decay = jnp.where(same, decay, 0.0)
+
+            def both(cb, off):
+                plgpu.wgmma(cb, c_s, b_s.transpose((1, 0)))
+                plgpu.wgmma(off, c_s, smem["state"].at[wg])
+                if acc is not None:
+                    plgpu.wgmma(acc, b_s.transpose((1, 0)), scaled)
+                return (cb[...] * (decay * down(steps, (Q, Q)))).astype(dtype), off[...]
+
+            scores, y = pl.run_scoped(
+                both, plgpu.ACC((Q, Q), jnp.float32), plgpu.ACC((Q, p), jnp.float32)
+            )
+            into = jnp.exp2(cs)
+            if has_counts:
                 into = jnp.where(n_at == 0, into, 0.0)
-            scores = (cb * decay * down(steps, (Q, Q))).astype(dtype)
             y = y * across(into, (Q, p))
             if has_d:  # x once more from shared memory: registers are scarce
                 y = y + load_wide(x_s) * down(skip, (Q, p))
@@ -189,7 +184,12 @@ def _compute(
             y_s[...] = y.astype(y_s.dtype)
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(y_s, y_ref.at[b, pl.ds(at_tile * Q, Q), head])
-        (state,) = products(interpret, (state * total, (b_s.transpose((1, 0)), scaled)))
+
+        if interpret:  # no accumulators with a value there
+            read(None)
+            (state,) = products(interpret, (state * total, (b_s.transpose((1, 0)), scaled)))
+        else:
+            state = pl.run_state(read)(plgpu.ACC.init(state * total))
         plgpu.barrier_arrive(empty.at[slot])
         return state
 
@@ -262,7 +262,7 @@ def _call(
         if not summary:
             scratch["c"] = tiled(STAGES, Q, n, dtype=x.dtype)
             scratch["y"] = tiled(wgs, Q, p, dtype=out_dtype)
-        if every or not summary or first is not None:
+        if every or not summary:
             scratch["state"] = tiled(wgs, n, p, dtype=x.dtype)
         if D is not None:
             scratch["d"] = plgpu.SMEM((wgs, p), jnp.float32)
@@ -287,7 +287,6 @@ def _call(
 
         pl.run_scoped(scoped, scratch, barriers, collective_axes="wg")
 
-    first = None if first is None else parts(first)
     operands = [v for v in (x, B, C, vec, counts, D, first) if v is not None]
     out_type = [out_like(x, (batch, split, heads, n, p), jnp.float32)]
     if every:
@@ -327,16 +326,16 @@ def _first_states(call, cs, counts, state, split, reverse=False):
         return None if first is None else first[:, None]
     (own,) = call(None, None, summary=True)
     by_segment = lambda v: v.reshape(v.shape[0], split, -1, *v.shape[2:])
-    log_total = jnp.sum(by_segment(cs[..., -1]), axis=2)[..., None]
-    closed = None if counts is None else jnp.any(by_segment(counts[..., -1]) > 0, axis=2)
-    first = None if first is None else first[:, :, None]
-    entering, _ = pass_states(log_total, closed, own[:, :, :, None], first, reverse=reverse)
-    return entering[:, :, :, 0]
+    decays = jnp.exp(jnp.sum(by_segment(cs[..., -1]), axis=2))[..., None, None]
+    if counts is not None:
+        closed = jnp.any(by_segment(counts[..., -1]) > 0, axis=2)
+        decays = jnp.where(spread(closed, decays), 0, decays)
+    first = jnp.zeros_like(own[:, 0]) if first is None else first
+    return join_chunks(decays, own, first, reverse=reverse)[0]
 
 
 def _forward(x, dt, a, B, C, D, state, resets, out_dtype, every=0):
     """(y, final state, states entering every `every`-th chunk [B, c, H, N, P] or None)."""
-    check_sizes(x, B.shape[-1])
     batch, t_len, heads, _ = x.shape
     split = segments(batch, heads, -(-t_len // Q))
     cs, vec, counts = _cut_in_time(dt, a, resets, split)
@@ -386,8 +385,5 @@ def ssd_pallas_gpu(x, dt, a, B, C, D, state, resets, *, chunk, out_dtype) -> tup
     """See `prepare` for the arguments. The kernels' chunks are 64 steps; `chunk` is not used.
 
     The gradient comes from kernels too, from XLA's form only for T <= 64 without a state.
-
-    Raises:
-        ValueError: x is not bfloat16, or P and N are not multiples of 64 with P N <= 8192.
     """
     return _ssd(x, dt, a, B, C, D, state, resets, out_dtype)

@@ -22,6 +22,16 @@ from ..softplus import softplus
 from ..time_axis import fill_invalid
 
 
+def unable(x: Array, n: int) -> dict[str, str | None]:
+    """What the kernels do not take of x [B, T, H, P] and n states, as `dispatch.resolve` wants."""
+    p, problem = x.shape[-1], None
+    if x.dtype != jnp.bfloat16:
+        problem = f"x of {x.dtype} (it must be bfloat16)"
+    elif p % 64 or n % 64 or p * n > 8192:
+        problem = f"head width P={p} with N={n} states (multiples of 64, P N <= 8192)"
+    return {"pallas_gpu": problem}
+
+
 def wide(dtype):
     """float32, or float64 for float64 inputs."""
     return jnp.promote_types(dtype, jnp.float32)
