@@ -204,11 +204,11 @@ KERNEL_OPTIONS = {
         {},
     ),
     "channel blocks": ({"width": 384, "leave_out": ("z",)}, {"delta_softplus": True}, {}),
-    "chunks": ({"length": 90, "states": 20}, {"delta_softplus": True}, {"split": (2, 3)}),
+    "chunks": ({"length": 90, "states": 20}, {"delta_softplus": True}, {"split": 3}),
     "chunks, reverse": (
         {"length": 90, "groups": 2, "leave_out": ("z",)},
         {"delta_softplus": True, "reverse": True},
-        {"split": (3, 2)},
+        {"split": 2},
     ),
 }
 
@@ -383,11 +383,9 @@ def test_short_functions():
 
 def test_gpu_kernel_chooses_chunks():
     """One pass where rows and channels make enough programs, or where T is short."""
-    assert pallas_gpu.chunks(programs=256, tiles=128, few=128) == 1
-    assert pallas_gpu.chunks(programs=32, tiles=4096, few=128) == 8
-    assert pallas_gpu.chunks(programs=1, tiles=15, few=128) == 1
-    assert pallas_gpu.per_lane(16) == 4 and pallas_gpu.per_lane(64) == 1
-    assert pallas_gpu.per_lane(16, programs=128) == 1 and pallas_gpu.per_lane(16, 1024) == 2
+    assert pallas_gpu.chunks(programs=256, tiles=128) == 1
+    assert pallas_gpu.chunks(programs=32, tiles=4096) == 8
+    assert pallas_gpu.chunks(programs=1, tiles=15) == 1
 
 
 def gpu_loss(inputs, resets=None, **options):

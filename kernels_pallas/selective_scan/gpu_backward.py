@@ -22,85 +22,200 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from .fused import LOG2E, sigmoid_short
-from .gpu_kernels import SUB, TILE, WARPS, Layouts, _call, _cost, _steps
+from .. import dispatch
+from .fused import LOG2E, sigmoid_short, softplus_short
+from .gpu_kernels import TILE, WARP, WARPS, barrier, call_kernel, estimate
 
+SUB = 4  # steps whose states and decays are in registers
 BLOCKS = TILE // SUB
 
 
-def walk_back(static, v, u, delta, z, a, b, c, skip, bias, keep, saved, d_out, d_last):
+class Layouts:
+    """Which thread holds what, for J states a warp and V channels a lane."""
+
+    def __init__(self, j: int, v: int):
+        self.channels = WARP * v
+        self.shape = (WARPS, j, WARP, v)
+        self.interpreted = dispatch.interpret("gpu")
+        options = {"warp_dims": (-4,), "lane_dims": (-2,), "vector_dim": -1}
+        self.state = plgpu.Layout.TILED(plgpu.Tiling((self.shape,)), **options)
+        self.share = self.state.reduce((1,))  # [4, 32, V]: a warp a row
+        self.row = self.state.reduce((0, 1))  # [32, V]: the same in every warp
+        self.column = self.state.reduce((2, 3))  # [4, J]: the same in every lane
+        self.part = self.state.reduce((3,))  # [4, J, 32]: a lane's own sums over channels
+
+    def load(self, ref, layout):
+        """[..., 32 V] of shared memory as [..., 32, V]."""
+        shape = (*ref.shape[:-1], *self.shape[2:])
+        if self.interpreted:  # the interpreter has no reshaped references
+            return plgpu.layout_cast(ref[...].reshape(shape), layout)
+        return plgpu.layout_cast(ref.reshape(shape)[...], layout)
+
+    def store(self, ref, value):
+        """The inverse of `load`, in the type of `ref`; to HBM, too."""
+        value = value.astype(ref.dtype)
+        if self.interpreted:
+            ref[...] = value.reshape(ref.shape)
+        else:
+            ref.reshape(value.shape)[...] = value
+
+    def rows(self, ref):
+        """Four steps [4, 32 V] in float32, a warp a step."""
+        return self.load(ref, self.share).astype(jnp.float32)
+
+    def states(self, ref):
+        return self.load(ref, self.state)
+
+    def along_states(self, ref):
+        """One value per channel, for every state."""
+        return self._spread(self.load(ref, self.row), (2, 3))
+
+    def along_channels(self, ref):
+        """One value per state, for every channel."""
+        return self._spread(plgpu.layout_cast(ref[...], self.column), (0, 1))
+
+    def _spread(self, value, axes):
+        return plgpu.layout_cast(lax.broadcast_in_dim(value, self.shape, axes), self.state)
+
+    def over_steps(self, value):
+        """[32, V] for four steps."""
+        shape = (WARPS, *value.shape)
+        return plgpu.layout_cast(lax.broadcast_in_dim(value, shape, (1, 2)), self.share)
+
+    def fetch(self, full, *pieces):
+        """Pieces (HBM, shared memory, layout) in registers; the memory may be used again."""
+        for source, smem, _ in pieces:
+            plgpu.copy_gmem_to_smem(source, smem, full)
+        plgpu.barrier_wait(full)
+        values = [self.load(smem, layout) for _, smem, layout in pieces]
+        barrier()
+        # Times one, which the compiler drops: a loop's carry must not be typed as varying.
+        ones = lambda x, layout: plgpu.layout_cast(jnp.ones(x.shape, x.dtype), layout)
+        return [x * ones(x, piece[-1]) for x, piece in zip(values, pieces, strict=True)]
+
+
+def narrow(v, x):
+    """Whether V elements are fewer bytes than a thread may store to HBM (newer jax refuses)."""
+    return v * x.dtype.itemsize < 4
+
+
+def step_sizes(refs, lay, rows, bias, use_softplus):
+    """Raw and actual step sizes of four steps."""
+    raw = lay.rows(refs.at[rows]) + bias
+    return raw, softplus_short(raw) if use_softplus else raw
+
+
+def walk_back(static, v, u, delta, z, a, mix, skip, bias, keep, saved, y, d_out, d_last):
     """Gradients; arguments as for `gpu_kernels.walk`, `saved` and `d_last` like its results.
 
     Returns:
-        dict of "d_u", "d_delta", "d_z" [R, T, D]; "d_a", "d_start" [R, 4, J, D]; "d_b", "d_c"
-        [R, blocks of channels, T, 4, J]; "d_skip", "d_bias" [R, 4, D] (sums of every fourth step).
+        dict of "d_u", "d_delta", "d_z" [R, T, D], perhaps in float32; "d_a", "d_start"
+        [R, 4, J, D]; "d_mix"
+        [R, blocks of channels, T/4, 4, 2 4 J]: dB and dC of four steps; "d_skip", "d_bias"
+        [R, 4, D] (sums of every fourth step).
     """
     use_softplus, reverse = static
-    lay = Layouts(a.shape[1], v)
+    j = a.shape[1]
+    lay = Layouts(j, v)
     (rows, t_len, width), tiles = u.shape, u.shape[1] // TILE
     blocks = width // lay.channels
-    per_group = blocks // b.shape[1]
+    per_group = blocks // mix.shape[1]
     down = not reverse
-    streams = {"u": u, "delta": delta, "d_out": d_out, "b": b, "c": c, "saved": saved}
-    streams |= {k: x for k, x in (("z", z), ("keep", keep)) if x is not None}
+    streams = {"u": u, "delta": delta, "d_out": d_out, "mix": mix, "saved": saved}
+    streams |= {k: x for k, x in (("z", z), ("y", y), ("keep", keep)) if x is not None}
     weights = {"a": a, "skip": skip, "bias": bias, "d_last": d_last}
     moving = {"d_u": u, "d_delta": delta} | ({} if z is None else {"d_z": z})
-    parts = ((rows, blocks, t_len, *a.shape[:2]), a.dtype)
-    outputs = {k: (x.shape, x.dtype) for k, x in moving.items()} | {"d_b": parts, "d_c": parts}
+    sums = 2 * SUB * a.shape[1]  # of a warp and block over channels: dB and dC
+    wide = lambda x: jnp.float32 if narrow(v, x) else x.dtype
+    outputs = {k: (x.shape, wide(x)) for k, x in moving.items()}
+    outputs |= {"d_mix": ((rows, blocks, t_len // SUB, WARPS, sums), a.dtype)}
     outputs |= dict.fromkeys(("d_a", "d_start"), ((rows, *a.shape), a.dtype))
     outputs |= dict.fromkeys(("d_skip", "d_bias"), ((rows, WARPS, width), a.dtype))
-    tile = dict.fromkeys(("u", "delta", "d_out", "z"), (TILE, lay.channels))
-    tile |= dict.fromkeys(("b", "c"), (TILE, *a.shape[:2]))
-    tile |= {"keep": (TILE, 4)}
+    tile = dict.fromkeys(("u", "delta", "d_out", "z", "y"), (TILE, lay.channels))
+    tile |= {"mix": (TILE, 2, *a.shape[:2]), "keep": (TILE, 4)}
     scratch = {f"{k}_s": plgpu.SMEM(tile[k], x.dtype) for k, x in streams.items() if k in tile}
     scratch |= {k: plgpu.SMEM((TILE, lay.channels), jnp.float32) for k in ("dt", "x", "gy")}
-    scratch |= {"before": plgpu.SMEM((BLOCKS, *lay.shape), jnp.float32)}  # states before blocks
-    kinds = 2 if z is None else 3  # sums over n: g B, p A, C h
-    scratch |= {"shares": plgpu.SMEM((kinds, SUB, WARPS, lay.channels), jnp.float32)}
-    scratch |= {f"{k}_s": plgpu.SMEM((TILE, *a.shape[:2]), jnp.float32) for k in ("d_b", "d_c")}
-    scratch |= {"full": plgpu.Barrier(num_arrivals=len(streams))}
-    scratch |= {"one": plgpu.Barrier(num_arrivals=1)}
+    whole = (*a.shape[:2], lay.channels)
+    scratch |= {"before": plgpu.SMEM((BLOCKS, *whole), jnp.float32)}  # states before blocks
+    # Sums over n: g B and p A.
+    scratch |= {"shares": plgpu.SMEM((2, SUB, WARPS, lay.channels), jnp.float32)}
+    # A lane's parts of the sums over channels; padded rows are read without bank conflicts, four
+    # neighbours at a time, or two to leave room for `keep`.
+    pad = 4 if keep is None else 2
+    scratch |= {"parts": plgpu.SMEM((WARPS, sums, WARP + pad), jnp.float32)}
+    tiling = plgpu.Tiling(((WARPS, WARP, pad),))  # a lane a row
+    across = plgpu.Layout.TILED(tiling, warp_dims=(-3,), lane_dims=(-2,), vector_dim=-1)
+    early = [k for k in streams if k in ("d_out", "z", "y")]  # needed by `gates` alone
+    late = [k for k in streams if k not in early]
+    scratch |= {"soon": plgpu.Barrier(num_arrivals=len(early))}
+    scratch |= {"full": plgpu.Barrier(num_arrivals=len(late))}
+    scratch |= {"some": plgpu.Barrier(num_arrivals=len(weights))}
 
-    def body(dt, x, gy, before, shares, full, one, **refs):
+    def body(dt, x, gy, before, shares, parts, soon, full, some, **refs):
         r, d = lax.axis_index("r"), lax.axis_index("d")
         lane = pl.ds(d * lay.channels, lay.channels)
         group = lax.div(d, per_group)
         smem = lambda name: before.at[0] if name == "saved" else refs[f"{name}_s"]
         at = lambda k: tiles - 1 - k if down else k  # place in time of the k-th tile
 
-        def place(name, i):
+        def source(name, i):
             ref, rows = refs[name], pl.ds(i * TILE, TILE)
-            if name in ("b", "c"):
+            if name == "mix":
                 return ref.at[r, group, rows]
-            if name in ("d_b", "d_c"):
-                return ref.at[r, d, rows]
             if name == "saved":
                 return ref.at[r, i, :, :, lane]
             return ref.at[r, rows] if name == "keep" else ref.at[r, rows, lane]
 
-        def fetch(k):
-            for name in streams:
-                plgpu.copy_gmem_to_smem(place(name, at(k)), smem(name), full)
+        def fetch(names, full, k):
+            for name in names:
+                plgpu.copy_gmem_to_smem(source(name, at(k)), smem(name), full)
 
-        first = before.at[0]
-        a = lay.once(refs["a"].at[:, :, lane], first, one, lay.state) * LOG2E
-        s = lay.once(refs["d_last"].at[r, :, :, lane], first, one, lay.state)
-        vector = lambda ref: lay.over_steps(lay.once(ref.at[lane], x.at[0], one, lay.row))
-        skip, bias = vector(refs["skip"]), vector(refs["bias"])
-        fetch(0)
+        def send(name, i, rows, value):
+            """Four steps of tile i, straight from registers to HBM."""
+            to = pl.ds(i * TILE + rows.start, WARPS)
+            lay.store(refs[name].at[r, to, lane], value)
 
-        def prepare():
-            loaded = []
-            for k in range(TILE // WARPS):
-                rows = pl.ds(WARPS * k, WARPS)
-                _, step = _steps(smem("delta"), lay, rows, bias, use_softplus)
-                value, grad = lay.rows(smem("u").at[rows]), lay.rows(smem("d_out").at[rows])
+        fetch(early, soon, 0)
+        fetch(late, full, 0)
+        a, s, *vectors = lay.fetch(
+            some,
+            (refs["a"].at[:, :, lane], before.at[1], lay.state),
+            (refs["d_last"].at[r, :, :, lane], before.at[2], lay.state),
+            (refs["skip"].at[lane], x.at[0], lay.row),
+            (refs["bias"].at[lane], x.at[1], lay.row),
+        )
+        a = a * LOG2E
+        skip, bias = (lay.over_steps(vector) for vector in vectors)
+
+        quarters = [pl.ds(q, WARPS) for q in range(0, TILE, WARPS)]
+
+        def gates(i):
+            """Gradients behind the gates of tile i, and of the gates."""
+            results = []
+            for rows in quarters:
+                grad, d_gate = lay.rows(smem("d_out").at[rows]), None
                 if z is not None:
                     gate = lay.rows(smem("z").at[rows])
-                    grad = grad * gate * sigmoid_short(gate)
-                loaded.append((rows, step, step * value, grad))
-            for rows, step, value, grad in loaded:
-                dt[rows], x[rows], gy[rows] = step, value, grad
+                    open_ = sigmoid_short(gate)
+                    passed = gate * open_
+                    slope = open_ + passed * (1 - open_)
+                    d_gate = grad * lay.rows(smem("y").at[rows]) * slope
+                    grad = grad * passed
+                results.append((rows, grad, d_gate))
+            for rows, grad, d_gate in results:
+                lay.store(gy.at[rows], grad)
+                if z is not None:
+                    send("d_z", i, rows, d_gate)
+
+        def prepare():
+            """Step sizes and inputs."""
+            results = []
+            for rows in quarters:
+                _, step = step_sizes(smem("delta"), lay, rows, bias, use_softplus)
+                results.append((rows, step, step * lay.rows(smem("u").at[rows])))
+            for rows, step, value in results:
+                lay.store(dt.at[rows], step)
+                lay.store(x.at[rows], value)
 
         def times(q):
             """Steps of block q in the recurrence's order."""
@@ -110,16 +225,16 @@ def walk_back(static, v, u, delta, z, a, b, c, skip, bias, keep, saved, d_out, d
             decay = jnp.exp2(lay.along_states(dt.at[t]) * a)
             if keep is not None:
                 decay = decay * smem("keep")[t, 0]
-            mix = lay.along_channels(smem("b").at[t])
+            mix = lay.along_channels(smem("mix").at[t, 0])
             return decay, decay * h + lay.along_states(x.at[t]) * mix
 
         def again(q, h):
             for t in times(q):
                 _, h = advance(t, h)
-            before[q + 1] = h
+            lay.store(before.at[q + 1], h)
             return h
 
-        def block(k, carry):
+        def block(i, k, carry):
             s, d_a, d_skip, d_bias = carry
             q = BLOCKS - 1 - k
             ts = times(q)
@@ -129,53 +244,54 @@ def walk_back(static, v, u, delta, z, a, b, c, skip, bias, keep, saved, d_out, d
                 decay, h = advance(t, hs[-1])
                 decays.append(decay)
                 hs.append(h)
-            for i in range(SUB)[::-1]:
-                t, row = ts[i], i if down else SUB - 1 - i
-                grad, step = lay.along_states(gy.at[t]), lay.along_states(dt.at[t])
-                read = lay.along_channels(smem("c").at[t])
+
+            def load(t):
+                along = [lay.along_states(ref.at[t]) for ref in (dt, x, gy)]
+                return *along, *(lay.along_channels(smem("mix").at[t, n]) for n in range(2))
+
+            following = load(ts[-1])
+            for m in range(SUB)[::-1]:
+                row = m if down else SUB - 1 - m
+                step, value, grad, mix, read = following
                 g = grad * read + s
-                s = decays[i] * g
-                p = s * hs[i]
+                s = decays[m] * g
+                p = s * hs[m]
                 d_a = d_a + p * step
-                shares[0, row] = jnp.sum(g * lay.along_channels(smem("b").at[t]), axis=1)
-                shares[1, row] = jnp.sum(p * a, axis=1)
-                if z is not None:
-                    shares[2, row] = jnp.sum(hs[i + 1] * read, axis=1)
-                smem("d_c")[t] = jnp.sum(grad * hs[i + 1], axis=2)
-                smem("d_b")[t] = jnp.sum(g * lay.along_states(x.at[t]), axis=2)
-            plgpu.commit_smem()
+                if m:  # before the stores, which loads are not moved across
+                    following = load(ts[m - 1])
+                lay.store(shares.at[0, row], jnp.sum(g * mix, axis=1))
+                lay.store(shares.at[1, row], jnp.sum(p * a, axis=1))
+                for n, product in enumerate((g * value, grad * hs[m + 1])):
+                    place = pl.ds((n * SUB + row) * j, j)
+                    parts[:, place, pl.ds(0, WARP)] = jnp.sum(product, axis=3)
             rows = pl.ds(base, SUB)
-            total = lambda n: sum(lay.rows(shares.at[n, :, w]) for w in range(WARPS))
             value, grad = lay.rows(smem("u").at[rows]), lay.rows(gy.at[rows])
-            raw, _ = _steps(smem("delta"), lay, rows, bias, False)
-            by_input = total(0)
-            d_delta = by_input * value + total(1) * (1 / LOG2E)
+            raw, _ = step_sizes(smem("delta"), lay, rows, bias, False)
+            step = lay.rows(dt.at[rows])
+            barrier()
+            total = lambda n: sum(lay.rows(shares.at[n, :, w]) for w in range(WARPS))
+            by_input, by_decay = total(0), total(1)
+            part = plgpu.layout_cast(parts[:, :, pl.ds(0, WARP)], across)
+            barrier()
+            d_delta = by_input * value + by_decay * (1 / LOG2E)
             if use_softplus:
                 d_delta = d_delta * sigmoid_short(raw)
-            results = {"u": by_input * lay.rows(dt.at[rows]) + skip * grad, "delta": d_delta}
-            if z is not None:
-                gate = lay.rows(smem("z").at[rows])
-                open_ = sigmoid_short(gate)
-                y = total(2) + skip * value
-                slope = open_ * (1 + gate * (1 - open_))
-                results["z"] = lay.rows(smem("d_out").at[rows]) * y * slope
-            for name, result in results.items():  # in place: a thread's own elements
-                smem(name)[rows] = result.astype(smem(name).dtype)
-            plgpu.commit_smem()
+            send("d_u", i, rows, by_input * step + skip * grad)
+            send("d_delta", i, rows, d_delta)
+            refs["d_mix"][r, d, i * BLOCKS + lax.div(base, SUB)] = jnp.sum(part, axis=2)
             return s, d_a, d_skip + grad * value, d_bias + d_delta
 
         def one_tile(k, carry):
+            plgpu.barrier_wait(soon)
+            gates(at(k))
             plgpu.barrier_wait(full)
             prepare()
-            plgpu.commit_smem()
-            lax.fori_loop(0, BLOCKS - 1, again, lay.states(first))
-            carry = lax.fori_loop(0, BLOCKS, block, carry)
-            for name in moving:
-                plgpu.copy_smem_to_gmem(smem(name.removeprefix("d_")), place(name, at(k)))
-            for name in ("d_b", "d_c"):
-                plgpu.copy_smem_to_gmem(smem(name), place(name, at(k)))
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            pl.when(k + 1 < tiles)(functools.partial(fetch, k + 1))
+            barrier()
+            more = k + 1 < tiles
+            pl.when(more)(functools.partial(fetch, early, soon, k + 1))
+            lax.fori_loop(0, BLOCKS - 1, again, lay.states(before.at[0]))
+            carry = lax.fori_loop(0, BLOCKS, functools.partial(block, at(k)), carry)
+            pl.when(more)(functools.partial(fetch, late, full, k + 1))
             return carry
 
         carry = (s, s * 0, skip * 0, skip * 0)
@@ -187,12 +303,12 @@ def walk_back(static, v, u, delta, z, a, b, c, skip, bias, keep, saved, d_out, d
             (dt.at[whole], d_skip, refs["d_skip"].at[r, :, lane]),
             (x.at[whole], d_bias, refs["d_bias"].at[r, :, lane]),
         ):
-            ref[...] = value
+            lay.store(ref, value)
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(ref, layout_out)
-        plgpu.wait_smem_to_gmem(0)
+        barrier()
 
     inputs = streams | weights
-    cost = _cost(u.size, WARPS * a.shape[1], 2, 20, (*inputs.values(), *moving.values()))
+    cost = estimate(u.size, WARPS * a.shape[1], 2, 20, (*inputs.values(), *moving.values()))
     grid = (rows, blocks)
-    return _call("selective_scan_backward", body, grid, inputs, outputs, scratch, cost)
+    return call_kernel("selective_scan_backward", body, grid, inputs, outputs, scratch, cost)

@@ -16,37 +16,27 @@ and 456 beside 280 backward. Not measured.
 from __future__ import annotations
 
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array
 
 from ..compat import vary
-from ..time_axis import pad_time
-from .fused import NO_STEP, check_operands
-from .gpu_backward import walk_back
-from .gpu_kernels import TILE, WARP, WARPS, walk
-from .reference import step_size
+from ..time_axis import join_chunks, pad_time
+from .fused import NO_STEP
+from .gpu_backward import SUB, walk_back
+from .gpu_forward import CHANNELS, walk
+from .gpu_kernels import TILE, WARPS
 
-LANES = 128  # channels are padded to whole multiples
 PROGRAMS = 264  # two for each of 132 multiprocessors
-FEW = {"forward": 48, "backward": 128}  # programs below which time is cut into chunks
+FEW = 128  # programs below which time is cut into chunks
 MIN_TILES = 8  # of a chunk
-_NAMES = ("u", "delta", "z", "a", "b", "c", "skip", "bias", "start", "keep")
+_NAMES = ("u", "delta", "z", "a", "mix", "skip", "bias", "start", "keep")
 
 
-def per_lane(states: int, programs: int | None = None) -> int:
-    """Channels per lane: as many as registers hold, fewer to make `programs` (of one per lane)."""
-    v = max(1, 64 // states)
-    while programs is not None and v > 1 and (v > 2 or programs // v < PROGRAMS):
-        v //= 2
-    return v
-
-
-def chunks(programs: int, tiles: int, few: int) -> int:
+def chunks(programs: int, tiles: int) -> int:
     """Chunks of time, a power of two: 1 unless there are few programs and many tiles."""
-    wanted = 1 if programs >= few else min(PROGRAMS // programs, tiles // MIN_TILES)
+    wanted = 1 if programs >= FEW else min(PROGRAMS // programs, tiles // MIN_TILES)
     return 1 << max(wanted, 1).bit_length() - 1
 
 
@@ -64,28 +54,19 @@ def selective_scan_gpu(
     state: Array,
     resets: Array | None,
     reverse: bool,
-    split: tuple[int, int] | None = None,
+    split: int | None = None,
 ) -> tuple[Array, Array]:
     """See `selective_scan`; real A, and B, C [B, T, G, N] over time.
 
-    `split` is the number of chunks of time forward and backward; None chooses by size. The result
-    does not depend on it.
-
-    Raises:
-        ValueError: complex A, constant B or C, more than 64 states, or float64.
+    `split` is the number of chunks of time; None chooses by size. The result does not depend on it.
     """
-    check_operands("pallas_gpu", u, A, B, C, most_states=64)
     (batch, t_len, width), states, groups = u.shape, A.shape[1], B.shape[2]
     per_group = width // groups
-    missing = -per_group % LANES
-    j = 4 * (1 << max(0, (states - 1) // 16).bit_length())  # of a warp: 4, 8 or 16
-    blocks = batch * groups * (per_group + missing) // WARP
-    tiles = -(-t_len // TILE)
-    split = split or (
-        chunks(blocks // per_lane(WARPS * j, blocks), tiles, FEW["forward"]),
-        chunks(blocks // per_lane(WARPS * j), tiles, FEW["backward"]),
-    )
-    steps = TILE * math.lcm(*split)  # whole tiles in every chunk of both passes
+    missing = -per_group % CHANNELS
+    padded = 16 * (1 << max(0, (states - 1) // 16).bit_length())  # states: 16, 32 or 64
+    programs = batch * groups * (per_group + missing) // CHANNELS
+    split = split or chunks(programs, -(-t_len // TILE))
+    steps = TILE * split  # whole tiles in every chunk
 
     def channels(x):  # last axis: every group padded to whole blocks
         if x is None or not missing:
@@ -96,15 +77,11 @@ def selective_scan_gpu(
 
     along = lambda x, value=0: None if x is None else channels(pad_time(x, steps, value))
 
-    def weight(x):  # [..., N, D] -> [..., 4, J, D]
-        x = jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, WARPS * j - states), (0, 0)])
-        return channels(x.reshape(*x.shape[:-2], WARPS, j, width))
+    def weight(x):  # [..., N, D]
+        return channels(jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, padded - states), (0, 0)]))
 
-    def mix(x):  # [B, T, G, N] -> [B, G, T, 4, J]
-        x = pad_time(x.astype(jnp.float32), steps).transpose(0, 2, 1, 3)
-        x = jnp.pad(x, [(0, 0)] * 3 + [(0, WARPS * j - states)])
-        return x.reshape(*x.shape[:3], WARPS, j)
-
+    # B and C as [B, G, T, 2, N].
+    mix = pad_time(jnp.stack((B, C), axis=3).astype(jnp.float32), steps).swapaxes(1, 2)
     keep = None if resets is None else 1 - pad_time(resets, steps).astype(jnp.float32)
     keep = None if keep is None else jnp.repeat(keep[:, :, None], 4, axis=2)
     vector = lambda x: channels(jnp.zeros(width) if x is None else x.astype(jnp.float32))
@@ -113,8 +90,7 @@ def selective_scan_gpu(
         "delta": along(delta, NO_STEP if softplus else 0),
         "z": along(z),
         "a": weight(A.astype(jnp.float32).T),
-        "b": mix(B),
-        "c": mix(C),
+        "mix": jnp.pad(mix, [(0, 0)] * 4 + [(0, padded - states)]),
         "skip": vector(D),
         "bias": vector(delta_bias),
         "start": weight(state.mT),
@@ -122,7 +98,7 @@ def selective_scan_gpu(
     }
     operands = vary(tuple(operands[name] for name in _NAMES), operands)
     out, last = _scan((softplus, reverse, split), *operands)
-    last = last.reshape(batch, WARPS * j, -1)[:, :states]
+    last = last[:, :states]
     if missing:
         kept = lambda x: x.reshape(*x.shape[:-1], groups, -1)[..., :per_group]
         out, last = (kept(x).reshape(*x.shape[:-1], width) for x in (out, last))
@@ -150,100 +126,75 @@ def _cut(x, count, time=1):
 def _cut_all(named, count):
     """The operands with chunks as rows; `start` is left out."""
     cut = {k: _cut(named[k], count) for k in ("u", "delta", "z", "keep")}
-    cut |= {k: _cut(named[k], count, 2) for k in ("b", "c")}
+    cut["mix"] = _cut(named["mix"], count, 2)
     return cut | {k: named[k] for k in ("a", "skip", "bias")}
 
 
-def _short(named, count):
-    """Channels per lane of the forward kernel."""
-    batch, _, width = named["u"].shape
-    return per_lane(WARPS * named["a"].shape[1], batch * count * width // WARP)
-
-
-def _decays(named, static, count):
-    """The decay over each of `count` chunks, [B, count, 4, J, D]."""
-    batch, _, width = named["u"].shape
-    dt = step_size(named["delta"], named["bias"] if static[0] else None, static[0])
-    total = dt.reshape(batch, count, -1, width).sum(2)[:, :, None, None]
-    decay = jnp.exp(total * named["a"])
+def _decays(named, times, count):
+    """The decay over each of `count` chunks, [B, count, N, D], from their sums of step sizes."""
+    batch, width = named["u"].shape[0], times.shape[-1]
+    decay = jnp.exp(times.reshape(batch, count, 1, width) * named["a"])
     if named["keep"] is not None:
         whole = named["keep"].reshape(batch, count, -1).min(2)  # 0: a step forgets
-        decay = decay * whole[:, :, None, None, None]
+        decay = decay * whole[:, :, None, None]
     return decay
 
 
-def join(decays: Array, lasts: Array, start: Array, down: bool) -> Array:
-    """States entering the chunks: s_{i+1} = decays_i s_i + lasts_i from `start`.
-
-    Args:
-        decays, lasts: [B, chunks, ...], of each chunk alone.
-        start: [B, ...] before the first chunk (the last one, if not `down`).
-    """
-
-    def advance(s, chunk):
-        decay, last = chunk
-        return decay * s + last, s
-
-    first = lambda x: jnp.moveaxis(x, 1, 0)
-    _, entering = lax.scan(advance, start, (first(decays), first(lasts)), reverse=not down)
-    return jnp.moveaxis(entering, 0, 1)
+def _entering(named, cut, first, count, static, mode):
+    """The states [B count, N, D] entering the chunks, of the recurrence of `mode`."""
+    many = lambda x: x.reshape(-1, count, *x.shape[1:])
+    zero = jnp.zeros_like(first, shape=(first.shape[0] * count, *first.shape[1:]))
+    alone = walk(static, start=vary(zero, first), mode=mode, **cut)
+    decays = _decays(named, alone["time"], count)
+    entering, _ = join_chunks(decays, many(alone["last"]), first, reverse=static[1])
+    return entering.reshape(zero.shape)
 
 
 def _forward(static, operands, save):
-    """(out, last state, saved states or None)."""
-    softplus, reverse, (count, _) = static
+    """(out, last state, (saved states, y before the gate) if `save`)."""
+    softplus, reverse, count = static
     named = dict(zip(_NAMES, operands, strict=True))
-    v = _short(named, count)
     cut, start = _cut_all(named, count), named["start"]
     rows = start
     if count > 1:
-        many = lambda x: x.reshape(-1, count, *x.shape[1:])
-        zero = jnp.zeros_like(start, shape=(start.shape[0] * count, *start.shape[1:]))
-        lasts = walk((softplus, reverse), v, start=vary(zero, start), mode="state", **cut)["last"]
-        entering = join(_decays(named, static, count), many(lasts), start, not reverse)
-        rows = entering.reshape(zero.shape)
-    result = walk((softplus, reverse), v, start=rows, mode="output", save=save, **cut)
-    out, last = result["out"].reshape(named["u"].shape), result["last"]
+        rows = _entering(named, cut, start, count, (softplus, reverse), "state")
+    result = walk((softplus, reverse), start=rows, mode="output", save=save, **cut)
+    last = result["last"]
     last = last.reshape(-1, count, *last.shape[1:])[:, 0 if reverse else -1]
-    saved = result["saved"].reshape(start.shape[0], -1, *start.shape[1:]) if save else None
-    return out, last, saved
+    kept = (result["saved"], result.get("plain")) if save else None
+    return result["out"].reshape(named["u"].shape), last, kept
 
 
 def _scan_bwd(static, residuals, cotangents):
     """Gradients of all operands, in their order."""
-    operands, saved = residuals
+    operands, (saved, plain) = residuals
     d_out, d_last = cotangents
-    softplus, reverse, (_, count) = static
+    softplus, reverse, count = static
     named = dict(zip(_NAMES, operands, strict=True))
     cut, start = _cut_all(named, count), named["start"]
     d_out, entering = _cut(d_out, count), d_last
     batch = start.shape[0]
     if count > 1:
         # The gradient's own recurrence, against time: the state's gradient leaving each chunk.
-        zero = vary(jnp.zeros_like(start, shape=(batch * count, *start.shape[1:])), start)
-        reads = {**cut, "u": d_out, "start": zero}
-        v = _short(named, count)
-        lasts = walk((softplus, not reverse), v, mode="adjoint", **reads)["last"]
-        lasts = lasts.reshape(batch, count, *start.shape[1:])
-        entering = join(_decays(named, static, count), lasts, d_last, reverse)
-        entering = entering.reshape(zero.shape)
-    v = per_lane(WARPS * named["a"].shape[1])
-    grads = walk_back(
-        (softplus, reverse), v, saved=_cut(saved, count), d_out=d_out, d_last=entering, **cut
-    )
+        reads = {**cut, "u": d_out}
+        entering = _entering(named, reads, d_last, count, (softplus, not reverse), "adjoint")
+    by_warp = lambda x: x.reshape(*x.shape[:-2], WARPS, -1, x.shape[-1])
+    cut |= {"a": by_warp(cut["a"]), "mix": cut["mix"].reshape(*cut["mix"].shape[:-1], WARPS, -1)}
+    given = {"saved": by_warp(saved), "d_last": by_warp(entering), "y": plain, "d_out": d_out}
+    grads = walk_back((softplus, reverse), 64 // named["a"].shape[0], **given, **cut)
     grads = {k.removeprefix("d_"): x for k, x in grads.items()}
     many = lambda x: x.reshape(batch, count, *x.shape[1:])
+    flat = lambda x: x.reshape(*x.shape[:-3], -1, x.shape[-1])
     for name in ("u", "delta", "z"):
         if name in grads:
-            grads[name] = grads[name].reshape(named[name].shape)
-    for name in ("b", "c"):
-        part = many(grads[name])  # [B, chunks, blocks, T / chunks, 4, J]
-        groups = named[name].shape[1]
-        part = part.reshape(*part.shape[:2], groups, -1, *part.shape[3:]).sum(3)
-        grads[name] = jnp.moveaxis(part, 1, 2).reshape(named[name].shape)
-    grads["a"] = grads["a"].sum(0)
+            grads[name] = grads[name].reshape(named[name].shape).astype(named[name].dtype)
+    mix, groups = grads["mix"], named["mix"].shape[1]  # [B chunks, blocks, T / SUB, 4, 2 SUB J]
+    mix = many(mix.reshape(mix.shape[0], groups, -1, *mix.shape[2:]).sum(2))
+    mix = mix.reshape(batch, count, groups, -1, WARPS, 2, SUB, mix.shape[-1] // (2 * SUB))
+    grads["mix"] = mix.transpose(0, 2, 1, 3, 6, 5, 4, 7).reshape(named["mix"].shape)
+    grads["a"] = flat(grads["a"].sum(0))
     grads |= {k: grads[k].sum((0, 1)) for k in ("skip", "bias")}
-    grads["start"] = many(grads["start"])[:, -1 if reverse else 0]
+    grads["start"] = flat(many(grads["start"])[:, -1 if reverse else 0])
     if named["keep"] is not None:
         grads["keep"] = jnp.zeros_like(named["keep"])
     return tuple(grads.get(name) for name in _NAMES)
