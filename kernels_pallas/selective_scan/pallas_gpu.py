@@ -28,7 +28,7 @@ from .gpu_backward import SUB, walk_back
 from .gpu_forward import CHANNELS, walk
 from .gpu_kernels import TILE, WARPS
 
-PROGRAMS = 264  # two for each of 132 multiprocessors
+PROGRAMS = 528  # four for each of 132 multiprocessors
 FEW = 128  # programs below which time is cut into chunks
 MIN_TILES = 8  # of a chunk
 _NAMES = ("u", "delta", "z", "a", "mix", "skip", "bias", "start", "keep")

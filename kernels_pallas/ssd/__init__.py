@@ -62,11 +62,8 @@ def _check(x, dt, A, B, C, D, z, dt_bias, state, resets, lengths, time: str):
 
 
 def _skip(D: Array | None, x: Array) -> Array | None:
-    """D as [H, P] in at least float32."""
-    if D is None:
-        return None
-    D = D.astype(prepare.wide(x.dtype))
-    return D if D.ndim == 2 else jnp.broadcast_to(D[:, None], x.shape[-2:])
+    """D as [H, P] or [H, 1] in at least float32."""
+    return None if D is None else D.reshape(D.shape[0], -1).astype(prepare.wide(x.dtype))
 
 
 def ssd(

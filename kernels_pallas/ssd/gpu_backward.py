@@ -16,13 +16,13 @@ L_ls = exp(cs_l - cs_s) for s <= l, w_s = dt_s exp(cs_Q - cs_s), e_l = exp(cs_l)
 
 dB and dC of a block of heads stay in registers as float32 accumulators; XLA adds the blocks. Pairs
 are counted without the diagonal, so what cancels in the gradient of a is the same sum in another
-order. From the sums per step XLA makes what runs along time. The reader also sums dy o x over the
-steps, for dD.
+order. From the sums per step XLA makes what runs along time, and dD (a D per channel: from x, dy).
 
 Products take operands in x's dtype and accumulate in float32; dM is never rounded. HBM bytes for
 E = B T H P elements of 2 bytes: 6 E (x, dy, dx) and 4 E N/64 (S, dH), 14 E at N = 128; dB and dC
 of a block of all H heads, written and read, 16 E N/(H P). The walk before it reads 2 E (4 E with
-segments) and writes 2 E N/64. Multiply-adds per element: 3 x 64 + 4 x 64 N/P + 4 N.
+segments) and writes 2 E N/64; a dD per
+channel reads 4 E. Multiply-adds per element: 3 x 64 + 4 x 64 N/P + 4 N.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ STAGES = 3  # heads in shared memory
 SHARED = 220 * 1024  # bytes of shared memory for the stages and what is kept
 PROCESSORS = 132  # multiprocessors; a program fills one
 
-PAIRS, OFF_DIAGONAL, WRITTEN, READ = range(4)  # sums per step that come out of the kernel
+PAIRS, OFF_DIAGONAL, WRITTEN, READ, SKIP = range(5)  # sums per step that leave the kernel
 
 
 def block_of_heads(per_group: int, programs: int) -> int:
@@ -96,7 +96,7 @@ def _pairs(acc, scaled, state, smem, slot, later, interpret):
 
 def _read(out, smem, slot, at, dc, *, interpret):
     """The reader's part of one head: dC so far, with it."""
-    scalars_ref, inner_ref, skip_ref = out
+    scalars_ref, inner_ref, skip = out
     b, chunk, head = at
     dy, s, dh, vec = (smem[k].at[slot] for k in ("dy", "s", "dh", "vec"))
     dtype, p = smem["dy"].dtype, smem["dy"].shape[-1]
@@ -105,6 +105,10 @@ def _read(out, smem, slot, at, dc, *, interpret):
         into = jnp.where(load(smem["counts"], COLUMN) == 0, into, 0.0)
     scaled = lambda: (load_wide(dy) * across(into, (Q, p))).astype(dtype)
     dc, decay, dm, cb, off, step = _pairs(dc, scaled, s, smem, slot, True, interpret)
+    if skip:
+        row, column = positions()
+        on_diagonal = jnp.sum(jnp.where(row == column, dm, 0.0), axis=1)
+        scalars_ref.at[b, chunk, head, SKIP][...] = on_diagonal
     g = dm * decay * step
     read = jnp.sum(jnp.where(off, cb * g, 0.0), axis=1)
     carried, dc = products(
@@ -114,10 +118,6 @@ def _read(out, smem, slot, at, dc, *, interpret):
         load_wide(dy) * carried, axis=1
     )
     inner_ref.at[b, chunk, head][...] = jnp.sum(load_wide(s) * load_wide(dh), axis=1)
-    if "d" in smem:
-        skip_ref.at[b, chunk, head][...] = jnp.sum(
-            load_wide(dy) * load_wide(smem["x"].at[slot]), axis=0
-        )
     return dc
 
 
@@ -190,10 +190,12 @@ def _bring(refs, smem, barriers, where, *, heads, stages):
 
 
 def _call(x, dy, B, C, states, leaving, vec, counts, D, chunks):
-    """(dx [B, T, H, P], sums per step [B, c, H, 4, Q], inner [B, c, H, N], sums of dy o x
-    [B, c, H, P], dB, dC [B, blocks, T, G, N]) of the first `chunks` chunks; all but dx float32.
+    """(dx [B, T, H, P], sums per step [B, c, H, 4 or 5, Q], inner [B, c, H, N], dB, dC
+    [B, blocks, T, G, N]) of the first `chunks` chunks; all but dx float32.
     """
     batch, _, heads, p = x.shape
+    skip = D is not None and D.shape[1] == 1
+    D = None if D is None else jnp.broadcast_to(D, (heads, p))
     groups, n = B.shape[2:]
     block = block_of_heads(heads // groups, batch * chunks * groups)
     blocks = heads // groups // block
@@ -201,7 +203,7 @@ def _call(x, dy, B, C, states, leaving, vec, counts, D, chunks):
     stages = min(STAGES, block, (SHARED - 2 * Q * (2 * n + p)) // stage)
 
     def body(*refs):
-        ins, (dx_ref, scalars_ref, inner_ref, skip_ref, db_ref, dc_ref) = refs[:-6], refs[-6:]
+        ins, (dx_ref, scalars_ref, inner_ref, db_ref, dc_ref) = refs[:-5], refs[-5:]
         b, chunk, program, wg = (lax.axis_index(v) for v in ("rows", "chunks", "heads", "wg"))
         group, part = lax.div(program, blocks), lax.rem(program, blocks)
         scratch = {
@@ -249,7 +251,7 @@ def _call(x, dy, B, C, states, leaving, vec, counts, D, chunks):
 
             @pl.when(wg == 1)
             def _():
-                heads_of(_read, (scalars_ref, inner_ref, skip_ref), dc_ref, smem, barriers)
+                heads_of(_read, (scalars_ref, inner_ref, skip), dc_ref, smem, barriers)
 
             @pl.when(wg == 2)
             def _():
@@ -273,16 +275,16 @@ def _call(x, dy, B, C, states, leaving, vec, counts, D, chunks):
         body,
         out_type=[
             out_like(x, (batch, chunks * Q, heads, p), x.dtype),
-            wide(batch, chunks, heads, 4, Q),
+            wide(batch, chunks, heads, SKIP + skip, Q),
             wide(batch, chunks, heads, n),
-            wide(batch, chunks, heads, p),
             partial,
             partial,
         ],
         grid=(heads // block, chunks, batch), grid_names=("heads", "chunks", "rows"),
         num_threads=3, thread_name="wg",
         compiler_params=plgpu.CompilerParams(
-            approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane
+            approx_math=True, unsafe_no_auto_barriers=True,
+            lowering_semantics=plgpu.LoweringSemantics.Lane,
         ),
         cost_estimate=cost,
         interpret=dispatch.interpret("gpu"),
@@ -297,7 +299,7 @@ def gradients(x, B, C, D, dy, cs, vec, counts, states, leaving, t_len) -> tuple[
     B, ddt and da [B, T, H] float32. `t_len` steps are computed.
     """
     chunks = -(-t_len // Q)
-    dx, scalars, inner, skip, dB, dC = _call(x, dy, B, C, states, leaving, vec, counts, D, chunks)
+    dx, scalars, inner, dB, dC = _call(x, dy, B, C, states, leaving, vec, counts, D, chunks)
     back_in_time = lambda v: jnp.moveaxis(v, 2, 3).reshape(v.shape[0], -1, v.shape[2])[:, :t_len]
     pairs, off_diagonal, written, read = (scalars[:, :, :, i] for i in range(4))
     dt = vec[:, :chunks, :, 1]
@@ -309,6 +311,8 @@ def gradients(x, B, C, D, dy, cs, vec, counts, states, leaving, t_len) -> tuple[
     da = da + lax.cumsum(read - dt * off_diagonal, axis=3, reverse=True)
     dB, dC = (jnp.sum(v, axis=1)[:, :t_len].astype(B.dtype) for v in (dB, dC))
     dD = None
-    if D is not None:
-        dD = jnp.sum(skip, axis=(0, 1))
+    if D is not None and D.shape[1] == 1:
+        dD = jnp.sum(scalars[:, :, :, SKIP], axis=(0, 1, 3))[:, None]
+    elif D is not None:
+        dD = jnp.sum(dy.astype(jnp.float32) * x, axis=(0, 1))
     return dx[:, :t_len], back_in_time(pairs + written), back_in_time(da), dB, dC, dD

@@ -57,7 +57,8 @@ from .gpu_tiles import (
 from .prepare import cut
 from .xla import backward, values
 
-STAGES = 2  # chunks in shared memory
+STAGES = 3  # chunks in shared memory
+SHARED = 220 * 1024  # bytes of shared memory for the stages and what is kept
 PROGRAMS = 264  # two per multiprocessor; fewer programs than half of it are split along time
 
 
@@ -81,6 +82,7 @@ def _compute(
     where,
     *,
     tiles,
+    stages,
     wgs,
     has_d,
     has_state,
@@ -115,7 +117,7 @@ def _compute(
         state = state + gpu_load(first_ref.at[b, seg, head], TILE)
 
     def chunk(i, state):
-        slot = lax.rem(i, STAGES)
+        slot = lax.rem(i, stages)
         plgpu.barrier_wait(full.at[slot])
         x_s, b_s = smem["x"].at[slot, wg], smem["b"].at[slot]
         vec = smem["vec"].at[slot, wg]
@@ -129,9 +131,9 @@ def _compute(
             weight = jnp.where(n_at == (0.0 if reverse else n_end), weight, 0.0)
         scaled = smem["scaled"].at[wg]
         x = load_wide(x_s)
+        if summary:  # the last state has left and been read by all; else y's wait says so
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         scaled[...] = (x * across(weight, (Q, p))).astype(dtype)
-        if every and summary:
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # of the last state
         if every or not summary:
             smem["state"].at[wg][...] = state.astype(dtype)
         plgpu.commit_smem()
@@ -143,53 +145,39 @@ def _compute(
                 there = states_ref.at[b, lax.div(at_tile, every), head]
                 plgpu.copy_smem_to_gmem(smem["state"].at[wg], there)
 
+        advance = state * total, (b_s.transpose((1, 0)), scaled)
         if summary:
-            (state,) = products(interpret, (state * total, (b_s.transpose((1, 0)), scaled)))
+            (state,) = products(interpret, advance)
             plgpu.barrier_arrive(empty.at[slot])
             return state
 
-        def read(acc):
-            """y of the chunk, while the product that advances the state runs into `acc`."""
-            c_s = smem["c"].at[slot]
-
-            from_, steps = load(vec.at[0], ROW), load(vec.at[1], ROW)
-            row, column = positions()
-            before = column <= row
-            exponent = jnp.minimum(across(cs, (Q, Q)) - down(from_, (Q, Q)), 0)
-            decay = jnp.exp2(jnp.where(before, exponent, -jnp.inf))
-            if has_counts:
-                n_from = load(smem["counts"].at[slot], ROW)
-                same = across(n_at, (Q, Q)) == down(n_from, (Q, Q))
-                decay = jnp.where(same, decay, 0.0)
-
-            def both(cb, off):
-                plgpu.wgmma(cb, c_s, b_s.transpose((1, 0)))
-                plgpu.wgmma(off, c_s, smem["state"].at[wg])
-                if acc is not None:
-                    plgpu.wgmma(acc, b_s.transpose((1, 0)), scaled)
-                return (cb[...] * (decay * down(steps, (Q, Q)))).astype(dtype), off[...]
-
-            scores, y = pl.run_scoped(
-                both, plgpu.ACC((Q, Q), jnp.float32), plgpu.ACC((Q, p), jnp.float32)
-            )
-            into = jnp.exp2(cs)
-            if has_counts:
-                into = jnp.where(n_at == 0, into, 0.0)
-            y = y * across(into, (Q, p))
-            if has_d:  # x once more from shared memory: registers are scarce
-                y = y + load_wide(x_s) * down(skip, (Q, p))
-            (y,) = products(interpret, (y, (scores, x_s)))
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # of the last y and of this state
-            y_s = smem["y"].at[wg]
-            y_s[...] = y.astype(y_s.dtype)
-            plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(y_s, y_ref.at[b, pl.ds(at_tile * Q, Q), head])
-
-        if interpret:  # no accumulators with a value there
-            read(None)
-            (state,) = products(interpret, (state * total, (b_s.transpose((1, 0)), scaled)))
-        else:
-            state = pl.run_state(read)(plgpu.ACC.init(state * total))
+        c_s = smem["c"].at[slot]
+        row, column = positions()
+        within = column <= row
+        if has_counts:
+            n_from = load(smem["counts"].at[slot], ROW)
+            within = within & (across(n_at, (Q, Q)) == down(n_from, (Q, Q)))
+        exponent = jnp.minimum(across(cs, (Q, Q)) - down(load(vec.at[0], ROW), (Q, Q)), 0)
+        decay = jnp.exp2(jnp.where(within, exponent, -jnp.inf))
+        cb, y, state = products(
+            interpret,
+            (zeros(Q, Q), (c_s, b_s.transpose((1, 0)))),
+            (zeros(Q, p), (c_s, smem["state"].at[wg])),
+            advance,
+        )
+        scores = (cb * (decay * down(load(vec.at[1], ROW), (Q, Q)))).astype(dtype)
+        into = jnp.exp2(cs)
+        if has_counts:
+            into = jnp.where(n_at == 0, into, 0.0)
+        y = y * across(into, (Q, p))
+        if has_d:  # x once more from shared memory: registers are scarce
+            y = y + load_wide(x_s) * down(skip, (Q, p))
+        (y,) = products(interpret, (y, (scores, x_s)))
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # of the last y and of this state
+        y_s = smem["y"].at[wg]
+        y_s[...] = y.astype(y_s.dtype)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(y_s, y_ref.at[b, pl.ds(at_tile * Q, Q), head])
         plgpu.barrier_arrive(empty.at[slot])
         return state
 
@@ -198,7 +186,9 @@ def _compute(
     plgpu.wait_smem_to_gmem(0)
 
 
-def _bring(refs, smem, barriers, where, *, tiles, wgs, per_group, has_counts, summary, reverse):
+def _bring(
+    refs, smem, barriers, where, *, tiles, stages, wgs, per_group, has_counts, summary, reverse
+):
     """The warpgroup that copies tiles to shared memory."""
     x_ref, b_ref, c_ref, vec_ref = refs[:4]
     full, empty, _ = barriers
@@ -206,7 +196,7 @@ def _bring(refs, smem, barriers, where, *, tiles, wgs, per_group, has_counts, su
     group = lax.div(pair * wgs, per_group)
 
     def copy(i):
-        slot = lax.rem(i, STAGES)
+        slot = lax.rem(i, stages)
         tile = _at(seg, i, tiles, reverse)
         rows = pl.ds(tile * Q, Q)
         send = lambda src, dst: plgpu.copy_gmem_to_smem(src, dst, full.at[slot])
@@ -220,12 +210,12 @@ def _bring(refs, smem, barriers, where, *, tiles, wgs, per_group, has_counts, su
         if has_counts:
             send(refs[4].at[b, tile], smem["counts"].at[slot])
 
-    for i in range(min(STAGES, tiles)):
+    for i in range(min(stages, tiles)):
         copy(jnp.int32(i))
 
-    @pl.loop(STAGES, max(STAGES, tiles))
+    @pl.loop(stages, max(stages, tiles))
     def _(i):
-        plgpu.barrier_wait(empty.at[lax.rem(i, STAGES)])
+        plgpu.barrier_wait(empty.at[lax.rem(i, stages)])
         copy(i)
 
 
@@ -245,22 +235,31 @@ def _call(
     wide_y = not summary and p * jnp.dtype(out_dtype).itemsize > 256
     wgs = 2 if per_group % 2 == 0 and not wide_y else 1
     tiles = t_len // Q // split
+    stage = 2 * Q * (wgs * p + n * (1 if summary else 2))
+    held = wgs * p * (2 * Q + 2 * n + (0 if summary else Q * jnp.dtype(out_dtype).itemsize))
+    stages = min(STAGES, (SHARED - held) // stage)
+    D = None if D is None else jnp.broadcast_to(D, (heads, p))
     flags = dict(
-        tiles=tiles, wgs=wgs, has_counts=counts is not None, summary=summary, reverse=reverse
+        tiles=tiles,
+        stages=stages,
+        wgs=wgs,
+        has_counts=counts is not None,
+        summary=summary,
+        reverse=reverse,
     )
 
     def body(*refs):
         where = [lax.axis_index(name) for name in ("rows", "segments", "heads", "wg")]
         scratch = {
-            "x": tiled(STAGES, wgs, Q, p, dtype=x.dtype),
-            "b": tiled(STAGES, Q, n, dtype=x.dtype),
+            "x": tiled(stages, wgs, Q, p, dtype=x.dtype),
+            "b": tiled(stages, Q, n, dtype=x.dtype),
             "scaled": tiled(wgs, Q, p, dtype=x.dtype),
-            "vec": plgpu.SMEM((STAGES, wgs, 2, Q), jnp.float32),
+            "vec": plgpu.SMEM((stages, wgs, 2, Q), jnp.float32),
         }
         if counts is not None:
-            scratch["counts"] = plgpu.SMEM((STAGES, Q), jnp.float32)
+            scratch["counts"] = plgpu.SMEM((stages, Q), jnp.float32)
         if not summary:
-            scratch["c"] = tiled(STAGES, Q, n, dtype=x.dtype)
+            scratch["c"] = tiled(stages, Q, n, dtype=x.dtype)
             scratch["y"] = tiled(wgs, Q, p, dtype=out_dtype)
         if every or not summary:
             scratch["state"] = tiled(wgs, n, p, dtype=x.dtype)
@@ -268,8 +267,8 @@ def _call(
             scratch["d"] = plgpu.SMEM((wgs, p), jnp.float32)
         arrivals = 1 + (not summary) + 2 * wgs + (counts is not None)
         barriers = (
-            plgpu.Barrier(num_arrivals=arrivals, num_barriers=STAGES),
-            plgpu.Barrier(num_arrivals=wgs, num_barriers=STAGES),
+            plgpu.Barrier(num_arrivals=arrivals, num_barriers=stages),
+            plgpu.Barrier(num_arrivals=wgs, num_barriers=stages),
             plgpu.Barrier(num_barriers=wgs),
         )
 
@@ -303,8 +302,9 @@ def _call(
     return gpu_kernel(
         body, out_type=out_type, grid=(heads // wgs, split, batch),
         grid_names=("heads", "segments", "rows"), num_threads=wgs + 1, thread_name="wg",
-        compiler_params=plgpu.CompilerParams(approx_math=True), cost_estimate=cost,
-        interpret=dispatch.interpret("gpu"),
+        # Barriers are where they must be: `wait_smem_to_gmem` and `commit_smem` are such.
+        compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
+        cost_estimate=cost, interpret=dispatch.interpret("gpu"),
     )(*operands)  # fmt: skip
 
 

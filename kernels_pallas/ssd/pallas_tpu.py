@@ -382,4 +382,5 @@ _ssd.defvjp(_ssd_fwd, _ssd_bwd)
 
 def ssd_pallas_tpu(x, dt, a, B, C, D, state, resets, *, chunk, out_dtype) -> tuple[Array, Array]:
     """See `prepare` for the arguments; chunks are rounded up to a multiple of 8 steps."""
+    D = None if D is None else jnp.broadcast_to(D, x.shape[2:])
     return _ssd(x, dt, a, B, C, D, state, resets, chunk, out_dtype)

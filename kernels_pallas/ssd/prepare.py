@@ -4,9 +4,9 @@ An implementation gets time steps that are activated already and zero in the pad
 
     core(x, dt, a, B, C, D, state, resets, *, chunk, out_dtype) -> (y, state)
 
-x [B, T, H, P], dt and a = dt A [B, T, H] float32, B and C [B, T, G, N], D [H, P] float32 or None,
-state [B, H, P, N] float32 or None, resets [B, T] bool or None. A step with dt = a = 0 leaves the
-state as it is, so that padding needs nothing else. A gets its gradient through `a`.
+x [B, T, H, P], dt and a = dt A [B, T, H] float32, B and C [B, T, G, N], D [H, P] or [H, 1] float32
+or None, state [B, H, P, N] float32 or None, resets [B, T] bool or None. A step with dt = a = 0
+leaves the state as it is, so that padding needs nothing else. A gets its gradient through `a`.
 """
 
 from __future__ import annotations

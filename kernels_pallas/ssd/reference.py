@@ -13,7 +13,7 @@ from .prepare import wide
 def step(state: Array, x: Array, dt: Array, a: Array, B: Array, C: Array, D: Array | None):
     """One step: S = exp(a) S + dt x (outer) B;  y = S C + D x. Everything float32 or float64.
 
-    state [B, H, P, N], x [B, H, P], dt and a [B, H], B and C [B, G, N], D [H, P] or None.
+    state [B, H, P, N], x [B, H, P], dt and a [B, H], B and C [B, G, N], D [H, P] or [H, 1] or None.
     Returns (S, y).
     """
     heads = lambda v: jnp.repeat(v, x.shape[1] // v.shape[1], axis=1)  # head h: group h // (H/G)

@@ -177,7 +177,7 @@ def _run(x, dt, a, B, C, D, state, resets, chunk, out_dtype):
         entering = entering.astype(dtype)
         y = y + _along(d.into) * dot("bclgn,bcgkpn->bclgkp", C, entering)
     if D is not None:
-        y = y + D.reshape(*y.shape[3:]) * x
+        y = y + D.reshape(*y.shape[3:5], -1) * x
     y = join(y.astype(out_dtype), t_len).reshape(shape)
     return y, final.reshape(shape[0], *shape[2:], -1), entering
 
@@ -275,8 +275,9 @@ def backward(operands, entering, dy, dfinal, chunk):
     da = da + jax.lax.cumsum(reads, axis=reads.ndim - 1, reverse=True)
     dD = None
     if D is not None:
-        dx = dx + D.reshape(*x.shape[3:]) * dy
-        dD = jnp.sum(dy.astype(acc) * x, axis=(0, 1, 2)).reshape(D.shape)
+        dx = dx + D.reshape(*x.shape[3:5], -1) * dy
+        dD = jnp.sum(dy.astype(acc) * x, axis=(0, 1, 2)).reshape(D.shape[0], -1)
+        dD = jnp.sum(dD, axis=1, keepdims=True) if D.shape[1] == 1 else dD
 
     back_in_time = lambda v, *tail: join(v, t_len).reshape(*shape[:2], *tail)
     per_head = lambda v: back_in_time(jnp.moveaxis(v, -1, 2), shape[2])
