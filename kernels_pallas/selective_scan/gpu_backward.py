@@ -1,4 +1,4 @@
-"""The backward kernel of the selective scan on Hopper GPUs; layouts as in gpu_kernels.py.
+"""The backward kernel of the selective scan on Hopper GPUs (Pallas Mosaic GPU); see pallas_gpu.py.
 
 A program walks the tiles against the recurrence. Of each tile it computes the states again from the
 one that the forward pass saved: once to keep every fourth in shared memory, once more four steps at
@@ -9,8 +9,14 @@ a time, whose states and decays then sit in registers while the gradient passes 
     du_t  = dt_t sum_n g_t B_t + D gy_t           ddt_t = u_t sum_n g_t B_t + sum_n p_t A
     dA    = sum_t p_t dt_t
 
-Sums over n go through shared memory as the forward pass's do; sums over the program's channels are
-made within a warp, by shuffles, and XLA adds the programs' parts. Nothing is added atomically.
+A program is one warpgroup with 32 V channels of a row. The N states of a channel are split over its
+four warps, J = N/4 each, and the channels over the lanes, V each. Arrays of states are [4, J, 32,
+V] (warp, state of the warp, lane, channel), in memory [4, J, 32 V].
+
+Sums over n go through shared memory. So do sums over the program's channels (dB, dC), once per
+block: a lane leaves its own sum over V, and then adds up a row of 32 lanes. XLA adds the programs'
+parts. Nothing is added atomically. As the forward pass's y before the gate is read, dz comes first;
+the next tile's z, y and gradient of the output are fetched then, the rest when the tile is done.
 """
 
 from __future__ import annotations
@@ -94,9 +100,9 @@ class Layouts:
         return [x * ones(x, piece[-1]) for x, piece in zip(values, pieces, strict=True)]
 
 
-def narrow(v, x):
-    """Whether V elements are fewer bytes than a thread may store to HBM (newer jax refuses)."""
-    return v * x.dtype.itemsize < 4
+def short(v, x):
+    """Whether rows of 32 V elements are no whole lines of 128 bytes, which jax 0.12 insists on."""
+    return WARP * v * x.dtype.itemsize < 128
 
 
 def step_sizes(refs, lay, rows, bias, use_softplus):
@@ -106,12 +112,15 @@ def step_sizes(refs, lay, rows, bias, use_softplus):
 
 
 def walk_back(static, v, u, delta, z, a, mix, skip, bias, keep, saved, y, d_out, d_last):
-    """Gradients; arguments as for `gpu_kernels.walk`, `saved` and `d_last` like its results.
+    """Gradients; arguments as for `gpu_forward.walk` and from its results, with N as [4, J].
+
+    Args:
+        v: channels per lane. saved: the states before the tiles. y: before the gate, or None.
+        d_out, d_last: cotangents of the output and the last state.
 
     Returns:
-        dict of "d_u", "d_delta", "d_z" [R, T, D], perhaps in float32; "d_a", "d_start"
-        [R, 4, J, D]; "d_mix"
-        [R, blocks of channels, T/4, 4, 2 4 J]: dB and dC of four steps; "d_skip", "d_bias"
+        dict of "d_u", "d_delta", "d_z" [R, T, D] (float32 if V = 1); "d_a", "d_start" [R, 4, J, D];
+        "d_mix" [R, blocks of channels, T/4, 4, 2 4 J]: dB and dC of four steps; "d_skip", "d_bias"
         [R, 4, D] (sums of every fourth step).
     """
     use_softplus, reverse = static
@@ -126,8 +135,8 @@ def walk_back(static, v, u, delta, z, a, mix, skip, bias, keep, saved, y, d_out,
     weights = {"a": a, "skip": skip, "bias": bias, "d_last": d_last}
     moving = {"d_u": u, "d_delta": delta} | ({} if z is None else {"d_z": z})
     sums = 2 * SUB * a.shape[1]  # of a warp and block over channels: dB and dC
-    wide = lambda x: jnp.float32 if narrow(v, x) else x.dtype
-    outputs = {k: (x.shape, wide(x)) for k, x in moving.items()}
+    stored = lambda x: jnp.float32 if short(v, x) else x.dtype
+    outputs = {k: (x.shape, stored(x)) for k, x in moving.items()}
     outputs |= {"d_mix": ((rows, blocks, t_len // SUB, WARPS, sums), a.dtype)}
     outputs |= dict.fromkeys(("d_a", "d_start"), ((rows, *a.shape), a.dtype))
     outputs |= dict.fromkeys(("d_skip", "d_bias"), ((rows, WARPS, width), a.dtype))
@@ -235,6 +244,8 @@ def walk_back(static, v, u, delta, z, a, mix, skip, bias, keep, saved, y, d_out,
             return h
 
         def block(i, k, carry):
+            """Four steps of tile i. One barrier stands between the stores to `shares` and `parts`
+            and their loads, the other between these and the next block's stores."""
             s, d_a, d_skip, d_bias = carry
             q = BLOCKS - 1 - k
             ts = times(q)
@@ -249,16 +260,16 @@ def walk_back(static, v, u, delta, z, a, mix, skip, bias, keep, saved, y, d_out,
                 along = [lay.along_states(ref.at[t]) for ref in (dt, x, gy)]
                 return *along, *(lay.along_channels(smem("mix").at[t, n]) for n in range(2))
 
-            following = load(ts[-1])
+            following = None
             for m in range(SUB)[::-1]:
                 row = m if down else SUB - 1 - m
-                step, value, grad, mix, read = following
+                step, value, grad, mix, read = following or load(ts[m])
                 g = grad * read + s
                 s = decays[m] * g
                 p = s * hs[m]
                 d_a = d_a + p * step
-                if m:  # before the stores, which loads are not moved across
-                    following = load(ts[m - 1])
+                # Before the stores, across which no load is moved, if there are registers for it.
+                following = load(ts[m - 1]) if m and j < 16 else None
                 lay.store(shares.at[0, row], jnp.sum(g * mix, axis=1))
                 lay.store(shares.at[1, row], jnp.sum(p * a, axis=1))
                 for n, product in enumerate((g * value, grad * hs[m + 1])):
