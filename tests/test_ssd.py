@@ -430,7 +430,12 @@ def test_gpu_segments_fill_the_chip():
     from lintime.kernels_pallas.ssd.pallas_gpu import segments
 
     assert segments(8, 64, 32) == 1 and segments(64, 48, 4) == 1
-    assert segments(1, 64, 1024) == 8 and segments(1, 1, 16) == 2 and segments(1, 1, 1) == 1
+    assert (
+        segments(1, 64, 1024) == 4
+        and segments(2, 64, 256) == 2
+        and segments(1, 1, 16) == 2
+        and segments(1, 1, 1) == 1
+    )
 
 
 def test_gpu_blocks_of_heads():

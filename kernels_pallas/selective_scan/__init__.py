@@ -99,8 +99,6 @@ def selective_scan(
     C = _per_group("C", C, A, u)
     wide = jnp.promote_types(u.dtype, jnp.float32)
     hidden = jnp.promote_types(A.dtype, wide)
-    if state is None:
-        state = jnp.zeros((batch, width, states), hidden)
     if delta_bias is not None and not delta_softplus:
         delta, delta_bias = delta.astype(wide) + delta_bias.astype(wide), None
     if lengths is not None:
@@ -109,9 +107,11 @@ def selective_scan(
         B, C = (x if x.ndim == 2 else fill_invalid(x, lengths) for x in (B, C))
     problems = unable(u, A, B, C)
     name = dispatch.resolve("selective_scan", implementation, IMPLEMENTATIONS, unable=problems)
+    if state is None and name != "pallas_gpu":  # which begins from nothing by itself
+        state = jnp.zeros((batch, width, states), hidden)
+    state = None if state is None else vary(state.astype(hidden), u)
     out, state = IMPLEMENTATIONS[name](
-        u, delta, A, B, C, D, z,
-        delta_bias=delta_bias, softplus=delta_softplus, state=vary(state.astype(hidden), u),
+        u, delta, A, B, C, D, z, delta_bias=delta_bias, softplus=delta_softplus, state=state,
         resets=resets, reverse=reverse,
     )  # fmt: skip
     return fill_invalid(out, lengths), state

@@ -131,8 +131,9 @@ def walk_back(static, v, u, delta, z, a, mix, skip, bias, keep, saved, y, d_out,
     per_group = blocks // mix.shape[1]
     down = not reverse
     streams = {"u": u, "delta": delta, "d_out": d_out, "mix": mix, "saved": saved}
-    streams |= {k: x for k, x in (("z", z), ("y", y), ("keep", keep)) if x is not None}
+    streams |= {k: x for k, x in (("z", z), ("y", y)) if x is not None}
     weights = {"a": a, "skip": skip, "bias": bias, "d_last": d_last}
+    masks = {} if keep is None else {"keep": keep}  # read in place, as no shared memory is left
     moving = {"d_u": u, "d_delta": delta} | ({} if z is None else {"d_z": z})
     sums = 2 * SUB * a.shape[1]  # of a warp and block over channels: dB and dC
     stored = lambda x: jnp.float32 if short(v, x) else x.dtype
@@ -141,18 +142,17 @@ def walk_back(static, v, u, delta, z, a, mix, skip, bias, keep, saved, y, d_out,
     outputs |= dict.fromkeys(("d_a", "d_start"), ((rows, *a.shape), a.dtype))
     outputs |= dict.fromkeys(("d_skip", "d_bias"), ((rows, WARPS, width), a.dtype))
     tile = dict.fromkeys(("u", "delta", "d_out", "z", "y"), (TILE, lay.channels))
-    tile |= {"mix": (TILE, 2, *a.shape[:2]), "keep": (TILE, 4)}
+    tile |= {"mix": (TILE, 2, *a.shape[:2])}
     scratch = {f"{k}_s": plgpu.SMEM(tile[k], x.dtype) for k, x in streams.items() if k in tile}
     scratch |= {k: plgpu.SMEM((TILE, lay.channels), jnp.float32) for k in ("dt", "x", "gy")}
     whole = (*a.shape[:2], lay.channels)
     scratch |= {"before": plgpu.SMEM((BLOCKS, *whole), jnp.float32)}  # states before blocks
     # Sums over n: g B and p A.
     scratch |= {"shares": plgpu.SMEM((2, SUB, WARPS, lay.channels), jnp.float32)}
-    # A lane's parts of the sums over channels; padded rows are read without bank conflicts, four
-    # neighbours at a time, or two to leave room for `keep`.
-    pad = 4 if keep is None else 2
-    scratch |= {"parts": plgpu.SMEM((WARPS, sums, WARP + pad), jnp.float32)}
-    tiling = plgpu.Tiling(((WARPS, WARP, pad),))  # a lane a row
+    # A lane's parts of the sums over channels. Rows are padded: read without bank conflicts, and
+    # still whole 16 bytes, as newer jax stores by matrices.
+    scratch |= {"parts": plgpu.SMEM((WARPS, sums, WARP + 4), jnp.float32)}
+    tiling = plgpu.Tiling(((WARPS, WARP, 4),))  # a lane a row
     across = plgpu.Layout.TILED(tiling, warp_dims=(-3,), lane_dims=(-2,), vector_dim=-1)
     early = [k for k in streams if k in ("d_out", "z", "y")]  # needed by `gates` alone
     late = [k for k in streams if k not in early]
@@ -173,7 +173,7 @@ def walk_back(static, v, u, delta, z, a, mix, skip, bias, keep, saved, y, d_out,
                 return ref.at[r, group, rows]
             if name == "saved":
                 return ref.at[r, i, :, :, lane]
-            return ref.at[r, rows] if name == "keep" else ref.at[r, rows, lane]
+            return ref.at[r, rows, lane]
 
         def fetch(names, full, k):
             for name in names:
@@ -230,16 +230,16 @@ def walk_back(static, v, u, delta, z, a, mix, skip, bias, keep, saved, y, d_out,
             """Steps of block q in the recurrence's order."""
             return [q * SUB + i if down else TILE - 1 - q * SUB - i for i in range(SUB)]
 
-        def advance(t, h):
+        def advance(i, t, h):
             decay = jnp.exp2(lay.along_states(dt.at[t]) * a)
             if keep is not None:
-                decay = decay * smem("keep")[t, 0]
+                decay = decay * refs["keep"][r, i * TILE + t, 0]
             mix = lay.along_channels(smem("mix").at[t, 0])
             return decay, decay * h + lay.along_states(x.at[t]) * mix
 
-        def again(q, h):
+        def again(i, q, h):
             for t in times(q):
-                _, h = advance(t, h)
+                _, h = advance(i, t, h)
             lay.store(before.at[q + 1], h)
             return h
 
@@ -252,7 +252,7 @@ def walk_back(static, v, u, delta, z, a, mix, skip, bias, keep, saved, y, d_out,
             base = ts[0] if down else ts[-1]
             hs, decays = [lay.states(before.at[q])], []
             for t in ts:
-                decay, h = advance(t, hs[-1])
+                decay, h = advance(i, t, hs[-1])
                 decays.append(decay)
                 hs.append(h)
 
@@ -300,8 +300,9 @@ def walk_back(static, v, u, delta, z, a, mix, skip, bias, keep, saved, y, d_out,
             barrier()
             more = k + 1 < tiles
             pl.when(more)(functools.partial(fetch, early, soon, k + 1))
-            lax.fori_loop(0, BLOCKS - 1, again, lay.states(before.at[0]))
-            carry = lax.fori_loop(0, BLOCKS, functools.partial(block, at(k)), carry)
+            one, two = (functools.partial(f, at(k)) for f in (again, block))
+            lax.fori_loop(0, BLOCKS - 1, one, lay.states(before.at[0]))
+            carry = lax.fori_loop(0, BLOCKS, two, carry)
             pl.when(more)(functools.partial(fetch, late, full, k + 1))
             return carry
 
@@ -319,7 +320,7 @@ def walk_back(static, v, u, delta, z, a, mix, skip, bias, keep, saved, y, d_out,
             plgpu.copy_smem_to_gmem(ref, layout_out)
         barrier()
 
-    inputs = streams | weights
+    inputs = streams | weights | masks
     cost = estimate(u.size, WARPS * a.shape[1], 2, 20, (*inputs.values(), *moving.values()))
     grid = (rows, blocks)
     return call_kernel("selective_scan_backward", body, grid, inputs, outputs, scratch, cost)

@@ -64,8 +64,8 @@ def walk(static, u, delta, z, a, mix, skip, bias, start, keep, *, mode, save=Fal
     Args:
         static: (softplus, reverse).
         u, delta, z: [R, T, D]; a: [N, D]; mix: [R, G, T, 2, N], B and C; skip, bias: [D];
-            start: [R, N, D]; keep: [R, T, 4] float32, 0 where a step forgets (four times, as copies
-            come in 16 bytes), or None.
+            start: [R, N, D], or None for zeros; keep: [R, T, 4] float32, 0 where a step forgets
+            (four times, as copies come in 16 bytes), or None.
         mode: "output": y and the last state. "state": the last state only. "adjoint": of
             s = decay (s + gy C), gy = u silu(z), with u the output's cotangent, the last s.
         save: what the backward pass needs, too: the state before every tile, [R, T/TILE, N, D],
@@ -82,8 +82,8 @@ def walk(static, u, delta, z, a, mix, skip, bias, start, keep, *, mode, save=Fal
     down, full_output = not reverse, mode == "output"
     streams = {"u": u, "delta": delta, "mix": mix}
     of_mix = pl.ds(mode == "adjoint", 1 + full_output)  # B, C, or both
-    weights = {"a": a, "start": start, "bias": bias}
-    outputs = {"last": (start.shape, start.dtype)}
+    weights = {"a": a, "bias": bias} | ({} if start is None else {"start": start})
+    outputs = {"last": ((rows, states, width), jnp.float32)}
     if z is not None and mode != "state":
         streams["z"] = z
     if keep is not None:
@@ -98,7 +98,7 @@ def walk(static, u, delta, z, a, mix, skip, bias, start, keep, *, mode, save=Fal
     else:
         outputs["time"] = ((rows, width), jnp.float32)
     if save:
-        outputs["saved"] = ((rows, tiles, states, width), start.dtype)
+        outputs["saved"] = ((rows, tiles, states, width), jnp.float32)
     tile = dict.fromkeys(("u", "delta", "z"), (TILE, CHANNELS))
     tile |= {"mix": (TILE, 1 + full_output, states), "keep": (TILE, 4)}
     scratch = {f"{k}_s": plgpu.SMEM((STAGES, *tile[k]), x.dtype) for k, x in streams.items()}
@@ -130,7 +130,9 @@ def walk(static, u, delta, z, a, mix, skip, bias, start, keep, *, mode, save=Fal
         for i in range(STAGES):
             pl.when(i < tiles)(functools.partial(fetch, i, i))
         a = lay.once(refs["a"].at[:, lane], whole.at[0], one, lay.state) * LOG2E
-        h = lay.once(refs["start"].at[r, :, lane], whole.at[0], one, lay.state)
+        h = plgpu.layout_cast(jnp.zeros(lay.shape, jnp.float32), lay.state)
+        if start is not None:
+            h = lay.once(refs["start"].at[r, :, lane], whole.at[0], one, lay.state)
         bias = lay.once(refs["bias"].at[lane], vector, one, lay.row)
         skip = lay.once(refs["skip"].at[lane], vector, one, lay.row) if full_output else None
 

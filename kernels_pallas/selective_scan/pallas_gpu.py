@@ -51,7 +51,7 @@ def selective_scan_gpu(
     *,
     delta_bias: Array | None,
     softplus: bool,
-    state: Array,
+    state: Array | None,
     resets: Array | None,
     reverse: bool,
     split: int | None = None,
@@ -93,7 +93,7 @@ def selective_scan_gpu(
         "mix": jnp.pad(mix, [(0, 0)] * 4 + [(0, padded - states)]),
         "skip": vector(D),
         "bias": vector(delta_bias),
-        "start": weight(state.mT),
+        "start": None if state is None else weight(state.mT),
         "keep": keep,
     }
     operands = vary(tuple(operands[name] for name in _NAMES), operands)
@@ -124,7 +124,7 @@ def _cut(x, count, time=1):
 
 
 def _cut_all(named, count):
-    """The operands with chunks as rows; `start` is left out."""
+    """The operands with chunks as rows, but not `start`."""
     cut = {k: _cut(named[k], count) for k in ("u", "delta", "z", "keep")}
     cut["mix"] = _cut(named["mix"], count, 2)
     return cut | {k: named[k] for k in ("a", "skip", "bias")}
@@ -142,12 +142,12 @@ def _decays(named, times, count):
 
 def _entering(named, cut, first, count, static, mode):
     """The states [B count, N, D] entering the chunks, of the recurrence of `mode`."""
-    many = lambda x: x.reshape(-1, count, *x.shape[1:])
-    zero = jnp.zeros_like(first, shape=(first.shape[0] * count, *first.shape[1:]))
-    alone = walk(static, start=vary(zero, first), mode=mode, **cut)
+    alone = walk(static, start=None, mode=mode, **cut)
+    lasts = alone["last"].reshape(-1, count, *alone["last"].shape[1:])
+    first = jnp.zeros_like(lasts[:, 0]) if first is None else first
     decays = _decays(named, alone["time"], count)
-    entering, _ = join_chunks(decays, many(alone["last"]), first, reverse=static[1])
-    return entering.reshape(zero.shape)
+    entering, _ = join_chunks(decays, lasts, first, reverse=static[1])
+    return entering.reshape(alone["last"].shape)
 
 
 def _forward(static, operands, save):
@@ -171,9 +171,9 @@ def _scan_bwd(static, residuals, cotangents):
     d_out, d_last = cotangents
     softplus, reverse, count = static
     named = dict(zip(_NAMES, operands, strict=True))
-    cut, start = _cut_all(named, count), named["start"]
+    cut = _cut_all(named, count)
     d_out, entering = _cut(d_out, count), d_last
-    batch = start.shape[0]
+    batch = d_last.shape[0]
     if count > 1:
         # The gradient's own recurrence, against time: the state's gradient leaving each chunk.
         reads = {**cut, "u": d_out}
@@ -194,7 +194,8 @@ def _scan_bwd(static, residuals, cotangents):
     grads["mix"] = mix.transpose(0, 2, 1, 3, 6, 5, 4, 7).reshape(named["mix"].shape)
     grads["a"] = flat(grads["a"].sum(0))
     grads |= {k: grads[k].sum((0, 1)) for k in ("skip", "bias")}
-    grads["start"] = flat(many(grads["start"])[:, -1 if reverse else 0])
+    first = flat(many(grads["start"])[:, -1 if reverse else 0])
+    grads["start"] = None if named["start"] is None else first
     if named["keep"] is not None:
         grads["keep"] = jnp.zeros_like(named["keep"])
     return tuple(grads.get(name) for name in _NAMES)

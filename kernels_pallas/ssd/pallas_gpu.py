@@ -57,15 +57,15 @@ from .gpu_tiles import (
 from .prepare import cut
 from .xla import backward, values
 
-STAGES = 3  # chunks in shared memory
+STAGES = 4  # chunks in shared memory, if they fit
 SHARED = 220 * 1024  # bytes of shared memory for the stages and what is kept
-PROGRAMS = 264  # two per multiprocessor; fewer programs than half of it are split along time
+PROGRAMS = 132  # one per multiprocessor; half of it or fewer are split along time
 
 
 def segments(batch: int, heads: int, chunks: int) -> int:
     """Segments of time: 1 unless rows and pairs of heads leave half of the chip without work."""
     programs = batch * -(-heads // 2)
-    if programs > PROGRAMS // 4:
+    if programs > PROGRAMS // 2:
         return 1
     return max(1, min(PROGRAMS // programs, chunks // 8))
 
