@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import datetime
+import functools
 import io
 import json
 import math
@@ -166,6 +167,19 @@ def _cotangent(case: Case, inputs: dict[str, Any]):
     return jax.random.normal(jax.random.key(1), shape).astype(case.dtype)
 
 
+@functools.lru_cache(maxsize=1)
+def _defined(case: Case):
+    """Inputs, cotangent, and the definition's (output, gradients) in float32."""
+    import jax
+    import jax.numpy as jnp
+
+    inputs = make_inputs(case)
+    cotangent = _cotangent(case, inputs)
+    exact = jax.tree.map(lambda a: a.astype(jnp.float32), (inputs, cotangent))
+    with jax.default_matmul_precision("highest"):
+        return inputs, cotangent, jax.jit(_passes(case, "reference")["forward+backward"])(*exact)
+
+
 def check(case: Case, implementation: str) -> dict[str, float]:
     """Relative L2 errors of output and worst gradient against the definition in float32.
 
@@ -177,11 +191,7 @@ def check(case: Case, implementation: str) -> dict[str, float]:
     from .bench_measure import relative_error
 
     short = case.at_length(min(CHECK_LENGTH, case.sizes["L"]))
-    inputs = make_inputs(short)
-    cotangent = _cotangent(short, inputs)
-    exact = jax.tree.map(lambda a: a.astype(jnp.float32), (inputs, cotangent))
-    with jax.default_matmul_precision("highest"):
-        wanted = jax.jit(_passes(short, "reference")["forward+backward"])(*exact)
+    inputs, cotangent, wanted = _defined(short)
     precision = "highest" if case.dtype == "float32" else "default"
     with jax.default_matmul_precision(precision):
         out, grads = jax.jit(_passes(short, implementation)["forward+backward"])(inputs, cotangent)

@@ -412,10 +412,7 @@ _differentiable = with_gradient(scan_forward, scan_backward)
 def linear_scan_gpu(a: Parts, x: Parts, state: Parts, reverse: bool) -> tuple[Parts, Parts]:
     """h_t = a_t h_{t-1} + x_t by the kernels above; arguments as for `linear_scan_xla`.
 
-    float32 accumulation; h is rounded once. Off a GPU it runs in Pallas' interpreter, if this jax
-    has one. Its speed has not been measured.
-
-    Raises:
-        ValueError: float64 operands.
+    float32 accumulation; h is rounded once; no float64. Off a GPU it runs in Pallas' interpreter,
+    if this jax has one.
     """
     return _differentiable(a, x, state, reverse)

@@ -10,7 +10,7 @@ update:
     S^T    = exp(cs_Q) S^T + B^T (exp(cs_Q - cs) dt x)
 
 Where rows and heads are too few to fill the chip, time is split into segments: a first pass makes
-each segment's own last state (it reads x and B only), `pass_states` joins them, and the main pass
+each segment's own last state (it reads x and B only), `join_chunks` joins them, and the main pass
 starts every segment from its true state.
 
 HBM bytes for E = B T H P elements of 2 bytes: 4 E (6 E with segments), and 8 E/P for cs and dt;
