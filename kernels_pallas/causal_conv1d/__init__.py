@@ -2,20 +2,40 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax.numpy as jnp
 from jax import Array
 
 from .. import dispatch
 from ..compat import vary
 from ..time_axis import fill_invalid, flip_time, spread, valid_mask
+from .pallas_gpu import causal_conv1d_gpu, unable
 from .pallas_tpu import causal_conv1d_tpu
 from .reference import causal_conv1d_reference
 from .xla import causal_conv1d_xla
 
+
+def _turning(core: Callable[..., Array]) -> Callable[..., Array]:
+    """A core of ascending time and a state, as one that also takes `reverse`, and state=None."""
+
+    def run(x, weight, bias, state, resets, silu, reverse):
+        if state is None:
+            shape = (x.shape[0], weight.shape[0] - 1, x.shape[2])
+            state = vary(jnp.zeros(shape, x.dtype), x)
+        if not reverse:
+            return core(x, weight, bias, state, resets, silu)
+        x, resets = flip_time((x, resets))
+        return flip_time(core(x, weight, bias, state, resets, silu))
+
+    return run
+
+
 IMPLEMENTATIONS = {
-    "reference": causal_conv1d_reference,
-    "xla": causal_conv1d_xla,
-    "pallas_tpu": causal_conv1d_tpu,
+    "reference": _turning(causal_conv1d_reference),
+    "xla": _turning(causal_conv1d_xla),
+    "pallas_tpu": _turning(causal_conv1d_tpu),
+    "pallas_gpu": causal_conv1d_gpu,  # whose kernels walk either way
 }
 ACTIVATIONS = (None, "silu")
 
@@ -49,7 +69,7 @@ def causal_conv1d(
             x[t+(W-1)-k]), and the state is in the order of processing, too: given, the W-1 inputs
             right of the last valid one, its last entry the nearest; returned, x[W-2] .. x[0].
         implementation: None (best available), "reference", "xla" (shifted multiplies),
-            "pallas_tpu", or "pallas" for this device's kernel.
+            "pallas_tpu", "pallas_gpu", or "pallas" for this device's kernel.
 
     Returns:
         y like x, accumulated in float32 (float64 for float64) and rounded once; and the state
@@ -57,7 +77,7 @@ def causal_conv1d(
 
     Raises:
         ValueError: shapes that do not fit together, an unknown activation, or an implementation
-            that is not there.
+            that is not there or does not take such operands.
     """
     if x.ndim != 3 or 0 in x.shape:
         raise ValueError(f"x has shape {x.shape}, expected [B, T, C], none of them 0")
@@ -74,23 +94,25 @@ def causal_conv1d(
             raise ValueError(f"{name} has shape {array.shape}, expected {shape}")
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation={activation!r}; choose one of {ACTIVATIONS}")
-    name = dispatch.resolve("causal_conv1d", implementation, IMPLEMENTATIONS)
+    problems = unable(x, weight, bias)
+    name = dispatch.resolve("causal_conv1d", implementation, IMPLEMENTATIONS, unable=problems)
     if bias is None:
         bias = jnp.zeros((channels,), weight.dtype)
-    if state is None:
-        state = jnp.zeros((batch, width - 1, channels), x.dtype)
-    state = state.astype(x.dtype)
+    enters = None if state is None else state.astype(x.dtype)
     x = fill_invalid(x, lengths)
     if resets is not None and lengths is not None:
         resets = resets & valid_mask(lengths, t_len)
+    state = jnp.zeros((batch, width - 1, channels), x.dtype) if enters is None else enters
+    if reverse and lengths is not None:
+        x, state = _state_after_last(x, state, lengths)
+        enters = state
     if reverse:
-        if lengths is not None:
-            x, state = _state_after_last(x, state, lengths)
-        x, resets = flip_time((x, resets))
-    last = _last(x, state, resets, None if reverse else lengths)
-    operands = vary((x, weight, bias, state), (x, weight, bias, state, resets))
-    y = IMPLEMENTATIONS[name](*operands, resets, activation == "silu")
-    return fill_invalid(flip_time(y) if reverse else y, lengths), last
+        last = last_inputs(x, state, resets, reverse=True)
+    else:
+        last = _last(x, state, resets, lengths)
+    operands = vary((x, weight, bias, enters), (x, weight, bias, enters, resets))
+    y = IMPLEMENTATIONS[name](*operands, resets, activation == "silu", reverse)
+    return fill_invalid(y, lengths), last
 
 
 def causal_conv1d_step(
