@@ -143,7 +143,13 @@ def gpu_kernel(
     if cost_estimate is not None:
         if "cost_estimate" in inspect.signature(mosaic_gpu.kernel).parameters:
             options["cost_estimate"] = cost_estimate
-    return mosaic_gpu.kernel(body, out_type=out_type, scratch_types=scratch_types, **options)
+    kernel = mosaic_gpu.kernel(body, out_type=out_type, scratch_types=scratch_types, **options)
+
+    def run(*operands):
+        with enable_x64(False):  # else indices of mixed widths meet in the kernel
+            return kernel(*operands)
+
+    return run
 
 
 def gpu_load(ref: Any, layout: Any) -> Any:

@@ -12,6 +12,9 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from lintime.kernels_pallas import compat, dispatch
+from lintime.train import bench_ssm
+
+from .aot import cuda_device
 
 
 def test_auto_mesh_is_auto_and_takes_some_devices():
@@ -217,6 +220,24 @@ def test_kernels_of_hopper_are_for_hopper(op):
     )
     assert {first(k) for k in ("H100 80GB HBM3", "H200", "GH200 480GB")} == {"pallas_gpu"}
     assert {first(k) for k in ("GeForce RTX 4090", "A100-SXM4-80GB", "B200")} == {"xla"}
+
+
+@pytest.mark.parametrize("op", ["linear_scan", "selective_scan", "ssd", "causal_conv1d"])
+def test_gpu_kernels_lower_where_64_bit_types_are_on(op):
+    """With the fewest operands: what a kernel makes itself must not become 64 bits wide."""
+    shape = dict(bench_ssm.TINY)[op]
+    if op == "ssd":
+        shape = "B1 L1024 H2 P64 N64"
+    case = bench_ssm.Case(op, shape, "float32" if op == "linear_scan" else "bfloat16")
+    inputs = jax.eval_shape(lambda: bench_ssm.make_inputs(case))
+    inputs = {
+        k: v for k, v in inputs.items() if k not in ("D", "z", "bias", "delta_bias", "dt_bias")
+    }
+    run = bench_ssm.make_op(case, "pallas_gpu")
+    loss = lambda inputs: jnp.sum(run(inputs).astype(jnp.float32))
+    with compat.enable_x64(), cuda_device():
+        text = jax.jit(jax.grad(loss)).trace(inputs).lower(lowering_platforms=("cuda",)).as_text()
+    assert "mosaic_gpu" in text
 
 
 def test_every_row_of_the_real_table_ends_in_a_catch_all():

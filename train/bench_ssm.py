@@ -49,7 +49,7 @@ TINY = (  # for a CPU, where the benchmark shows that it works and nothing else
 OPS = tuple(dict.fromkeys(op for op, _ in SHAPES))
 CHECK_LENGTH = 300  # more than one chunk of every implementation
 TOLERANCE = {"float32": 1e-4, "bfloat16": 4e-2}  # of output and gradients, relative L2
-CALLS = 10  # calls enqueued between two looks at the clock
+SAMPLE_SECONDS = 0.05  # of calls enqueued between two looks at the clock
 
 
 @dataclasses.dataclass(frozen=True)
@@ -201,19 +201,21 @@ def check(case: Case, implementation: str) -> dict[str, float]:
 
 
 def milliseconds(function: Callable, arguments: tuple, samples: int) -> float:
-    """Median time of a jitted call, `CALLS` of them enqueued at a time."""
+    """Median time of a jitted call, so many of them enqueued at a time that starting one hides."""
     import jax
 
     run = jax.jit(function)
-    jax.block_until_ready(run(*arguments))
-    times = []
-    for _ in range(samples):
+
+    def seconds(calls):
         start = time.perf_counter()
-        results = [run(*arguments) for _ in range(CALLS)]
-        jax.block_until_ready(results[-1])
-        times.append((time.perf_counter() - start) / CALLS)
-        del results
-    return 1e3 * statistics.median(times)
+        for _ in range(calls):
+            result = run(*arguments)  # the one before is freed when it has been computed
+        jax.block_until_ready(result)
+        return (time.perf_counter() - start) / calls
+
+    seconds(1)
+    calls = min(max(round(SAMPLE_SECONDS / seconds(3)), 3), 1000)
+    return 1e3 * statistics.median(seconds(calls) for _ in range(samples))
 
 
 def copy_bandwidth(accelerator: bool, samples: int) -> float:

@@ -84,7 +84,9 @@ def selective_scan_gpu(
     mix = pad_time(jnp.stack((B, C), axis=3).astype(jnp.float32), steps).swapaxes(1, 2)
     keep = None if resets is None else 1 - pad_time(resets, steps).astype(jnp.float32)
     keep = None if keep is None else jnp.repeat(keep[:, :, None], 4, axis=2)
-    vector = lambda x: channels(jnp.zeros(width) if x is None else x.astype(jnp.float32))
+    vector = lambda x: channels(
+        jnp.zeros(width, jnp.float32) if x is None else x.astype(jnp.float32)
+    )
     operands = {
         "u": along(u),
         "delta": along(delta, NO_STEP if softplus else 0),
