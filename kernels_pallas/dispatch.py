@@ -35,6 +35,8 @@ IMPLEMENTATIONS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "ssd": _EVERYWHERE,
 }
 
+FEW_STEPS = 8  # fewer, as in decoding, would mostly be padding to a kernel
+
 
 def current_device() -> str:
     """The device that the computation being traced is meant for, as "platform:device kind".
@@ -60,13 +62,13 @@ def interpret(platform: str) -> Any:
     return False if current_device().startswith(platform) else compat.interpret_mode(platform)
 
 
-def _cannot_be_split(name: str) -> bool:
+def _cannot_be_split() -> bool:
     """Whether the compiler would have to split a kernel over devices, which it cannot.
 
     That is so on a mesh of several devices, unless inside a `shard_map` over all of it.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or not name.startswith("pallas"):
+    if mesh.empty:
         return False
     kinds = zip(mesh.axis_sizes, mesh.axis_types, strict=True)
     return any(size > 1 and kind != AxisType.Manual for size, kind in kinds)
@@ -78,6 +80,7 @@ def resolve(
     available: Collection[str],
     *,
     unable: Mapping[str, str | None] = MappingProxyType({}),
+    steps: int | None = None,
     device: str | None = None,
     table: Mapping[str, Mapping[str, tuple[str, ...]]] = IMPLEMENTATIONS,
 ) -> str:
@@ -90,6 +93,8 @@ def resolve(
         available: implementations the op has at all (names, or a mapping with the names as keys).
         unable: what an implementation does not take of the operands at hand, None for nothing;
             None passes over such an implementation.
+        steps: length of the time axis, if there is one; None gives kernels, which work on whole
+            tiles of time, no less than `FEW_STEPS`.
         device: "platform:device kind"; None means `current_device()`.
         table: see `IMPLEMENTATIONS`.
 
@@ -102,7 +107,12 @@ def resolve(
     if implementation == "pallas" and f"pallas_{device[:3]}" in here:
         implementation = f"pallas_{device[:3]}"
     if implementation is None:
-        able = [name for name in here if not unable.get(name) and not _cannot_be_split(name)]
+        few = steps is not None and steps < FEW_STEPS
+        kernels = not few and not _cannot_be_split()
+        able = [
+            name for name in here
+            if not unable.get(name) and (kernels or not name.startswith("pallas"))
+        ]  # fmt: skip
         if able:
             return able[0]
     elif implementation in here:

@@ -192,6 +192,9 @@ def test_resolve_minds_the_operands():
     resolve = functools.partial(dispatch.resolve, "op", device="gpu:NVIDIA H200", table=TABLE)
     assert resolve(None, EVERYTHING, unable={"pallas": "float64"}) == "xla"
     assert resolve(None, EVERYTHING, unable={"pallas": None}) == "pallas"
+    assert resolve(None, EVERYTHING, steps=1) == "xla"
+    assert resolve(None, EVERYTHING, steps=dispatch.FEW_STEPS) == "pallas"
+    assert resolve("pallas", EVERYTHING, steps=1) == "pallas"
     with pytest.raises(ValueError, match='op: pallas does not take float64; use "xla"'):
         resolve("pallas", EVERYTHING, unable={"pallas": "float64"})
 

@@ -1,6 +1,7 @@
 """Byte-level Mamba-1 on enwik8 (the raw 100,000,000 bytes, split 90/5/5 M).
 
-Paper: Mamba (arXiv 2312.00752); the sizes of its 130M model, the paper has no enwik8 result.
+Paper: Mamba (arXiv 2312.00752); the sizes of its 130M model, which are 91M parameters with an
+alphabet of bytes. The paper has no enwik8 result.
 Not run here.
 Command: lintime train mamba/enwik8 data.path=enwik8 mesh.fsdp=8
 """

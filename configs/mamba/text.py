@@ -1,4 +1,4 @@
-"""A 15M-parameter byte-level Mamba-2 for your own text on one GPU.
+"""A 12M-parameter byte-level Mamba-2 for your own text on one GPU.
 
 Paper: Mamba-2 (arXiv 2405.21060), scaled down. Not run here.
 Command: lintime train mamba/text data.path=my_texts/

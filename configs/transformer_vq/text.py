@@ -1,4 +1,4 @@
-"""A 14M-parameter byte-level Transformer-VQ for your own text on one GPU.
+"""A 13M-parameter byte-level Transformer-VQ for your own text on one GPU.
 
 Paper: Transformer-VQ (arXiv 2309.16354), scaled down. Cost: about an hour on one data-centre GPU
 (estimate). Not run here.

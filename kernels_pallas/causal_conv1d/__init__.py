@@ -95,7 +95,9 @@ def causal_conv1d(
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation={activation!r}; choose one of {ACTIVATIONS}")
     problems = unable(x, weight, bias)
-    name = dispatch.resolve("causal_conv1d", implementation, IMPLEMENTATIONS, unable=problems)
+    name = dispatch.resolve(
+        "causal_conv1d", implementation, IMPLEMENTATIONS, unable=problems, steps=x.shape[1]
+    )
     if bias is None:
         bias = jnp.zeros((channels,), weight.dtype)
     enters = None if state is None else state.astype(x.dtype)

@@ -106,7 +106,9 @@ def selective_scan(
         delta = fill_invalid(delta, lengths, NO_STEP if delta_softplus else 0)
         B, C = (x if x.ndim == 2 else fill_invalid(x, lengths) for x in (B, C))
     problems = unable(u, A, B, C)
-    name = dispatch.resolve("selective_scan", implementation, IMPLEMENTATIONS, unable=problems)
+    name = dispatch.resolve(
+        "selective_scan", implementation, IMPLEMENTATIONS, unable=problems, steps=t_len
+    )
     if state is None and name != "pallas_gpu":  # which begins from nothing by itself
         state = jnp.zeros((batch, width, states), hidden)
     state = None if state is None else vary(state.astype(hidden), u)

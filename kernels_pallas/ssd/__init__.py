@@ -120,7 +120,9 @@ def ssd(
     if chunk < 1:
         raise ValueError(f"chunk={chunk} must be at least 1")
     problems = prepare.unable(x, B.shape[-1])
-    name = dispatch.resolve("ssd", implementation, IMPLEMENTATIONS, unable=problems)
+    name = dispatch.resolve(
+        "ssd", implementation, IMPLEMENTATIONS, unable=problems, steps=x.shape[1]
+    )
     acc = prepare.wide(x.dtype)
     dt = prepare.activate(dt, dt_bias, dt_softplus, dt_limit, lengths).astype(acc)
     if resets is not None:
