@@ -450,7 +450,7 @@ def causal_conv1d_gpu(
     """The convolution by the kernels above; arguments as for `causal_conv1d_xla`, and two more.
 
     float32 accumulation, one rounding. Off a GPU it runs in Pallas' interpreter, if this jax has
-    one. See `unable` for what it takes. Its speed has not been measured.
+    one. See `unable` for what it takes.
 
     Args:
         state: may be None, for zeros.
