@@ -60,6 +60,10 @@ def auto_mesh(
     return Mesh(grid, names, axis_types=(AxisType.Auto,) * len(names))
 
 
+# The jax from which on the GPU kernels have run on a GPU; before, they are only known to lower.
+GPU_KERNELS_TRIED = jax.__version_info__ >= (0, 11)
+
+
 def set_mesh(mesh: Mesh):
     """Context manager that makes `mesh` the current mesh: `with set_mesh(mesh): ...`."""
     return jax.set_mesh(mesh)

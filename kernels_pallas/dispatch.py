@@ -35,7 +35,8 @@ IMPLEMENTATIONS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "ssd": _EVERYWHERE,
 }
 
-FEW_STEPS = 8  # fewer, as in decoding, would mostly be padding to a kernel
+# What None does not give a kernel: mostly padding it would be, or more than a grid takes.
+FEW_STEPS, FEW_CHANNELS, MANY_ROWS = 8, 64, 65535
 
 
 def current_device() -> str:
@@ -62,16 +63,30 @@ def interpret(platform: str) -> Any:
     return False if current_device().startswith(platform) else compat.interpret_mode(platform)
 
 
-def _cannot_be_split() -> bool:
+def _cannot_be_split(x: Any) -> bool:
     """Whether the compiler would have to split a kernel over devices, which it cannot.
 
-    That is so on a mesh of several devices, unless inside a `shard_map` over all of it.
+    That is so on a mesh of several devices, unless inside a `shard_map` over all of it, and for
+    arrays with sharded types. The mesh must be the current one (`set_mesh`), or of x's type.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
+    meshes = [jax.sharding.get_abstract_mesh()]
+    if x is not None:
+        meshes.append(jax.typeof(x).sharding.mesh)
+    split = lambda size, kind: kind == AxisType.Explicit or size > 1 and kind == AxisType.Auto
+    return any(
+        split(size, kind)
+        for mesh in meshes
+        for size, kind in zip(mesh.axis_sizes, mesh.axis_types, strict=True)
+    )
+
+
+def _gives_kernels(x: Any, channels: int | None) -> bool:
+    """Whether None may give a kernel to operands like x [B, T, ...]; see `resolve`."""
+    if _cannot_be_split(x) or not compat.GPU_KERNELS_TRIED:
         return False
-    kinds = zip(mesh.axis_sizes, mesh.axis_types, strict=True)
-    return any(size > 1 and kind != AxisType.Manual for size, kind in kinds)
+    if x is not None and (x.shape[1] < FEW_STEPS or x.shape[0] > MANY_ROWS):
+        return False
+    return channels is None or channels >= FEW_CHANNELS
 
 
 def resolve(
@@ -80,7 +95,8 @@ def resolve(
     available: Collection[str],
     *,
     unable: Mapping[str, str | None] = MappingProxyType({}),
-    steps: int | None = None,
+    x: Any = None,
+    channels: int | None = None,
     device: str | None = None,
     table: Mapping[str, Mapping[str, tuple[str, ...]]] = IMPLEMENTATIONS,
 ) -> str:
@@ -93,8 +109,9 @@ def resolve(
         available: implementations the op has at all (names, or a mapping with the names as keys).
         unable: what an implementation does not take of the operands at hand, None for nothing;
             None passes over such an implementation.
-        steps: length of the time axis, if there is one; None gives kernels, which work on whole
-            tiles of time, no less than `FEW_STEPS`.
+        x: an operand [B, T, ...]. None gives no kernel to rows that are too short (`FEW_STEPS`) or
+            too many (`MANY_ROWS`), nor where the compiler would have to split it.
+        channels: how many lie side by side; None gives no kernel to less than `FEW_CHANNELS`.
         device: "platform:device kind"; None means `current_device()`.
         table: see `IMPLEMENTATIONS`.
 
@@ -107,8 +124,7 @@ def resolve(
     if implementation == "pallas" and f"pallas_{device[:3]}" in here:
         implementation = f"pallas_{device[:3]}"
     if implementation is None:
-        few = steps is not None and steps < FEW_STEPS
-        kernels = not few and not _cannot_be_split()
+        kernels = _gives_kernels(x, channels)
         able = [
             name for name in here
             if not unable.get(name) and (kernels or not name.startswith("pallas"))

@@ -1,5 +1,6 @@
 """What compat and dispatch promise, on whichever jax is installed."""
 
+import contextlib
 import functools
 import types
 
@@ -159,6 +160,12 @@ TABLE = {
 EVERYTHING = ("reference", "xla", "pallas")
 
 
+@pytest.fixture
+def kernels_tried(monkeypatch):
+    """As on a jax with which the GPU kernels have run."""
+    monkeypatch.setattr(compat, "GPU_KERNELS_TRIED", True)
+
+
 @pytest.mark.parametrize(
     ("device", "default"),
     [
@@ -168,7 +175,7 @@ EVERYTHING = ("reference", "xla", "pallas")
         ("tpu:TPU v5 lite", "xla"),
     ],
 )
-def test_resolve_none_takes_the_first_of_the_row(device, default):
+def test_resolve_none_takes_the_first_of_the_row(device, default, kernels_tried):
     assert dispatch.resolve("op", None, EVERYTHING, device=device, table=TABLE) == default
     assert dispatch.resolve("op", None, ("reference",), device=device, table=TABLE) == "reference"
 
@@ -187,19 +194,22 @@ def test_resolve_never_falls_back():
         dispatch.resolve("op", "cuda", EVERYTHING, device="cpu:cpu", table=TABLE)
 
 
-def test_resolve_minds_the_operands():
+def test_resolve_minds_the_operands(kernels_tried):
     """None passes over what does not take them; a name is refused, with the reason."""
     resolve = functools.partial(dispatch.resolve, "op", device="gpu:NVIDIA H200", table=TABLE)
     assert resolve(None, EVERYTHING, unable={"pallas": "float64"}) == "xla"
     assert resolve(None, EVERYTHING, unable={"pallas": None}) == "pallas"
-    assert resolve(None, EVERYTHING, steps=1) == "xla"
-    assert resolve(None, EVERYTHING, steps=dispatch.FEW_STEPS) == "pallas"
-    assert resolve("pallas", EVERYTHING, steps=1) == "pallas"
+    sizes = {"enough": (1, dispatch.FEW_STEPS), "few": (1, 1), "rows": (70_000, 8)}
+    like = {k: np.broadcast_to(np.float32(0), (*v, 64)) for k, v in sizes.items()}
+    chosen = {k: resolve(None, EVERYTHING, x=v) for k, v in like.items()}
+    assert chosen == {"enough": "pallas", "few": "xla", "rows": "xla"}
+    assert resolve(None, EVERYTHING, x=like["enough"], channels=1) == "xla"
+    assert resolve("pallas", EVERYTHING, x=like["few"], channels=1) == "pallas"
     with pytest.raises(ValueError, match='op: pallas does not take float64; use "xla"'):
         resolve("pallas", EVERYTHING, unable={"pallas": "float64"})
 
 
-def test_resolve_gives_the_partitioner_no_kernel():
+def test_resolve_gives_the_partitioner_no_kernel(kernels_tried):
     """A mesh of several devices splits programs by itself, which it cannot do to a kernel."""
     resolve = lambda: dispatch.resolve(
         "op", None, EVERYTHING, device="gpu:NVIDIA H200", table=TABLE
@@ -216,8 +226,30 @@ def test_resolve_gives_the_partitioner_no_kernel():
         assert set(chosen) == {"pallas"}
 
 
+@pytest.mark.parametrize("current", [True, False])
+def test_resolve_gives_sharded_types_no_kernel(current, kernels_tried):
+    """Arrays of a mesh with explicit axes, even of one device: their types are sharded."""
+    mesh = jax.sharding.Mesh(jax.devices()[:1], ("data",), axis_types=(AxisType.Explicit,))
+    x = jax.device_put(jnp.ones((2, 16, 64)), jax.sharding.NamedSharding(mesh, P("data")))
+    resolve = lambda x: dispatch.resolve(
+        "op", None, EVERYTHING, device="gpu:NVIDIA H200", table=TABLE, x=x
+    )
+    chosen = []
+    with compat.set_mesh(mesh) if current else contextlib.nullcontext():
+        jax.jit(lambda x: (chosen.append(resolve(x)), x)[1])(x)
+    assert chosen == ["xla"]
+    assert resolve(np.ones((2, 16, 64), np.float32)) == "pallas"
+
+
+def test_kernels_that_never_ran_are_no_default(monkeypatch):
+    monkeypatch.setattr(compat, "GPU_KERNELS_TRIED", False)
+    for name, chosen in ((None, "xla"), ("pallas", "pallas")):
+        got = dispatch.resolve("op", name, EVERYTHING, device="gpu:NVIDIA H200", table=TABLE)
+        assert got == chosen
+
+
 @pytest.mark.parametrize("op", ["linear_scan", "selective_scan", "ssd"])
-def test_kernels_of_hopper_are_for_hopper(op):
+def test_kernels_of_hopper_are_for_hopper(op, kernels_tried):
     first = lambda kind: dispatch.resolve(
         op, None, ("xla", "pallas_gpu"), device=f"gpu:NVIDIA {kind}"
     )
@@ -236,6 +268,8 @@ def test_gpu_kernels_lower_where_64_bit_types_are_on(op):
     inputs = {
         k: v for k, v in inputs.items() if k not in ("D", "z", "bias", "delta_bias", "dt_bias")
     }
+    if "A" in inputs:  # as it comes from numpy
+        inputs["A"] = jax.ShapeDtypeStruct(inputs["A"].shape, jnp.float64)
     run = bench_ssm.make_op(case, "pallas_gpu")
     loss = lambda inputs: jnp.sum(run(inputs).astype(jnp.float32))
     with compat.enable_x64(), cuda_device():

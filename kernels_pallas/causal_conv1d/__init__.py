@@ -96,7 +96,7 @@ def causal_conv1d(
         raise ValueError(f"activation={activation!r}; choose one of {ACTIVATIONS}")
     problems = unable(x, weight, bias)
     name = dispatch.resolve(
-        "causal_conv1d", implementation, IMPLEMENTATIONS, unable=problems, steps=x.shape[1]
+        "causal_conv1d", implementation, IMPLEMENTATIONS, unable=problems, x=x, channels=channels
     )
     if bias is None:
         bias = jnp.zeros((channels,), weight.dtype)

@@ -65,10 +65,11 @@ def linear_scan(
     paired = isinstance(x, (tuple, list))
     operands = prepare(a, x, state, resets, lengths)
     problems = unable(operands[2])
-    steps = operands[1][0].shape[1]
+    one = operands[1][0]
     name = dispatch.resolve(
-        "linear_scan", implementation, IMPLEMENTATIONS, unable=problems, steps=steps
-    )
+        "linear_scan", implementation, IMPLEMENTATIONS, unable=problems, x=one,
+        channels=one.shape[2],
+    )  # fmt: skip
     h, last = IMPLEMENTATIONS[name](*operands, reverse)
     h = tuple(fill_invalid(part, lengths) for part in h)
     return (h, last) if paired else (h[0], last[0])

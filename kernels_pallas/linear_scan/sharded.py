@@ -54,7 +54,11 @@ def linear_scan_sharded(
     operands = prepare(a, x, state, resets, None)
     operands = vary(operands, varying_axes(operands) | {axis_name})
     problems = unable(operands[2])
-    passes = PASSES[dispatch.resolve("linear_scan", implementation, PASSES, unable=problems)]
+    one = operands[1][0]
+    name = dispatch.resolve(
+        "linear_scan", implementation, PASSES, unable=problems, x=one, channels=one.shape[2]
+    )
+    passes = PASSES[name]
     h, last = _scan(axis_name, passes, reverse, *operands)
     place, count = _place(axis_name, reverse)
     last = tuple(lax.psum(jnp.where(place == count - 1, p, 0), axis_name) for p in last)

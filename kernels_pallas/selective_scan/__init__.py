@@ -105,9 +105,10 @@ def selective_scan(
         u, z, resets = (None if x is None else fill_invalid(x, lengths) for x in (u, z, resets))
         delta = fill_invalid(delta, lengths, NO_STEP if delta_softplus else 0)
         B, C = (x if x.ndim == 2 else fill_invalid(x, lengths) for x in (B, C))
-    problems = unable(u, A, B, C)
+    problems = unable(u, delta, z, A, B, C)
+    per_group = width // (B.shape[2] if B.ndim == 4 else 1)
     name = dispatch.resolve(
-        "selective_scan", implementation, IMPLEMENTATIONS, unable=problems, steps=t_len
+        "selective_scan", implementation, IMPLEMENTATIONS, unable=problems, x=u, channels=per_group
     )
     if state is None and name != "pallas_gpu":  # which begins from nothing by itself
         state = jnp.zeros((batch, width, states), hidden)

@@ -12,7 +12,9 @@ NO_STEP = -1e4
 MOST_STATES = {"pallas_tpu": 128, "pallas_gpu": 64}  # per channel
 
 
-def unable(u: Array, A: Array, B: Array, C: Array) -> dict[str, str | None]:
+def unable(
+    u: Array, delta: Array, z: Array | None, A: Array, B: Array, C: Array
+) -> dict[str, str | None]:
     """What the kernels do not take of the operands, as `dispatch.resolve` wants it."""
     problem = None
     if jnp.iscomplexobj(A):
@@ -21,8 +23,9 @@ def unable(u: Array, A: Array, B: Array, C: Array) -> dict[str, str | None]:
         problem = "B or C constant over time"
     elif B.shape[2] != C.shape[2]:
         problem = f"{B.shape[2]} groups of B and {C.shape[2]} of C"
-    elif u.dtype == jnp.float64:
-        problem = "float64"
+    for x in (u, delta, z):
+        if x is not None and x.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
+            problem = problem or str(x.dtype)
     too_many = lambda most: f"{A.shape[1]} states per channel (at most {most})"
     return {
         name: problem or (too_many(most) if A.shape[1] > most else None)

@@ -10,17 +10,17 @@ from __future__ import annotations
 
 import functools
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from .fused import LOG2E, sigmoid_short, softplus_short
-from .gpu_kernels import TILE, call_kernel, estimate
+from .gpu_kernels import TILE, WARP, call_kernel, estimate
 
 CHANNELS = 128  # of a program
 STAGES = 2  # tiles in shared memory
-_WARP = 32
 
 
 class _Layouts:
@@ -28,7 +28,7 @@ class _Layouts:
 
     def __init__(self, states: int):
         self.shape = (states, CHANNELS)
-        tiling = plgpu.Tiling((self.shape, (_WARP,), (1,)))
+        tiling = plgpu.Tiling((self.shape, (WARP,), (1,)))
         self.state = plgpu.Layout.TILED(tiling, warp_dims=(-3,), lane_dims=(-2,), vector_dim=-1)
         self.row = self.state.reduce((0,))  # [channels]
         self.column = self.state.reduce((1,))  # [states]: the same in every thread
@@ -198,6 +198,8 @@ def walk(static, u, delta, z, a, mix, skip, bias, start, keep, *, mode, save=Fal
         plgpu.wait_smem_to_gmem(0)
 
     inputs = streams | weights
-    cost = estimate(u.size, states, 1, 6 if full_output else 4, inputs.values())
+    results = (jax.ShapeDtypeStruct(*v) for v in outputs.values())
+    moved = (*inputs.values(), *results)
+    cost = estimate(u.size, states, 1, 6 if full_output else 4, moved)
     grid = (rows, width // CHANNELS)
     return call_kernel(f"selective_scan_{mode}", body, grid, inputs, outputs, scratch, cost)

@@ -95,7 +95,7 @@ def selective_scan_gpu(
         "mix": jnp.pad(mix, [(0, 0)] * 4 + [(0, padded - states)]),
         "skip": vector(D),
         "bias": vector(delta_bias),
-        "start": None if state is None else weight(state.mT),
+        "start": None if state is None else weight(state.astype(jnp.float32).mT),
         "keep": keep,
     }
     operands = vary(tuple(operands[name] for name in _NAMES), operands)

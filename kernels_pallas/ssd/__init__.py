@@ -20,22 +20,16 @@ from .. import dispatch
 from ..compat import vary
 from ..time_axis import fill_invalid, flip_time
 from . import prepare
+from .pallas_gpu import ssd_pallas_gpu
 from .pallas_tpu import ssd_pallas_tpu
 from .reference import ssd_reference, step
 from .xla import chunk_intermediates, ssd_xla
-
-
-def _ssd_pallas_gpu(*operands, **options):
-    from .pallas_gpu import ssd_pallas_gpu  # Mosaic GPU is imported where it is used
-
-    return ssd_pallas_gpu(*operands, **options)
-
 
 IMPLEMENTATIONS = {
     "reference": ssd_reference,
     "xla": ssd_xla,
     "pallas_tpu": ssd_pallas_tpu,
-    "pallas_gpu": _ssd_pallas_gpu,  # bfloat16, P and N multiples of 64
+    "pallas_gpu": ssd_pallas_gpu,  # see prepare.unable
 }
 
 
@@ -120,9 +114,7 @@ def ssd(
     if chunk < 1:
         raise ValueError(f"chunk={chunk} must be at least 1")
     problems = prepare.unable(x, B.shape[-1])
-    name = dispatch.resolve(
-        "ssd", implementation, IMPLEMENTATIONS, unable=problems, steps=x.shape[1]
-    )
+    name = dispatch.resolve("ssd", implementation, IMPLEMENTATIONS, unable=problems, x=x)
     acc = prepare.wide(x.dtype)
     dt = prepare.activate(dt, dt_bias, dt_softplus, dt_limit, lengths).astype(acc)
     if resets is not None:

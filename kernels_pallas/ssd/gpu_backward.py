@@ -267,7 +267,7 @@ def _call(x, dy, B, C, states, leaving, vec, counts, D, chunks):
     partial = wide(batch, blocks, chunks * Q, groups, n)
     steps = batch * chunks * Q * heads
     cost = pl.CostEstimate(
-        flops=2 * steps * (p * (5 * Q + 6 * n) + 2 * Q * n),
+        flops=2 * steps * (p * (3 * Q + 4 * n) + 4 * Q * n),
         transcendentals=2 * steps * Q,
         bytes_accessed=2 * steps * p * (3 + 2 * n // Q),
     )

@@ -94,7 +94,8 @@ def _compute(
     """One warpgroup: all chunks of one head and one segment."""
     interpret = bool(dispatch.interpret("gpu"))
     rest = list(refs[4:])
-    counts = rest.pop(0) if has_counts else None  # noqa: F841 (comes through shared memory)
+    if has_counts:
+        rest.pop(0)  # comes through shared memory
     d_ref = rest.pop(0) if has_d else None
     first_ref = rest.pop(0) if has_state else None
     y_ref = None if summary else rest.pop(0)
@@ -297,7 +298,7 @@ def _call(
     cost = pl.CostEstimate(
         flops=2 * steps * p * (n if summary else Q + Q * n // p + 2 * n),
         transcendentals=steps * Q * (not summary),
-        bytes_accessed=steps * p * (2 if summary else 4),
+        bytes_accessed=sum(v.size * v.dtype.itemsize for v in (*operands, *out_type)),
     )
     return gpu_kernel(
         body, out_type=out_type, grid=(heads // wgs, split, batch),
