@@ -182,17 +182,6 @@ def _run(x, dt, a, B, C, D, state, resets, chunk, out_dtype):
     return y, final.reshape(shape[0], *shape[2:], -1), entering
 
 
-def entering_states(operands, chunk):
-    """The states [b, c, g, k, p, n] entering the chunks, in x's dtype; None if nothing enters."""
-    x, dt, a, B, C, _, state, resets = operands
-    dtype = x.dtype
-    x, dt, B, _, state, d = _by_chunk(x, dt, a, B, C, state, resets, chunk)
-    if x.shape[1] == 1 and state is None:
-        return None
-    own = _scaled_states(x, dt, B, d)
-    return pass_states(d.log_total, d.closed, own, state)[0].astype(dtype)
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(8, 9))
 def _ssd(x, dt, a, B, C, D, state, resets, chunk, out_dtype):
     return _run(x, dt, a, B, C, D, state, resets, chunk, out_dtype)[:2]
