@@ -17,9 +17,6 @@ from ..model.processes.autoregressive import Autoregressive
 
 dataclass = dataclasses.dataclass(frozen=True, kw_only=True)
 
-# Kinds of net and process a Run can hold; `lintime` reads saved configs back through these names.
-NETS = {"transformer_vq": TransformerVQConfig, "mamba": MambaConfig}
-PROCESSES = {"autoregressive": Autoregressive}
 
 
 @dataclass
@@ -58,6 +55,66 @@ class Data:
     pattern: str = "**/*.txt"
     shuffle: bool = True
     cache: str = ""
+    workers: int = 0
+
+
+@dataclass
+class ImageData:
+    """Labelled images, cut to squares of `size` pixels with values in [-1, 1].
+
+    An image is resized so that its shorter side is `resize * size` pixels (training: uniform in
+    [resize, resize_max] * size if `resize_max` is set), then cropped.
+
+    Attributes:
+        path: a folder of class folders (or with train/, val/ or validation/, test/ folders of such),
+            an .npz or .npy file of uint8 images [N, H, W, 3] (labels: `labels` in the .npz, or a
+            file NAME.labels.npy beside the .npy), ArrayRecord files (a glob or folder), or
+            ``builtin:digits``, ``builtin:photos`` (carried by scikit-learn).
+        size: side of the square.
+        crop: of training images: "random" or "center"; validation always takes the centre.
+        resize, resize_max: see above; resize_max 0 means `resize`.
+        filter: "lanczos", "bicubic" or "nearest"; large images are first halved by a box filter.
+        flip: mirror training images at random.
+        validation_fraction: share of images held out where the source has no split of its own.
+        shuffle: visit training images in a seeded random order.
+        workers: reader processes (0 = threads in this process).
+    """
+
+    path: str = "builtin:digits"
+    size: int = 256
+    crop: str = "random"
+    resize: float = 1.125
+    resize_max: float = 0.0
+    filter: str = "lanczos"
+    flip: bool = False
+    validation_fraction: float = 0.05
+    shuffle: bool = True
+    workers: int = 0
+
+
+@dataclass
+class CodeData:
+    """Token codes of labelled images, made once by a tokenizer.
+
+    Attributes:
+        path: a folder written by `lintime prepare codes`; "" encodes `images` with `tokenizer` into
+            the run's codes/ folder before training starts.
+        tokenizer: a tokenizer's run directory, "stage:0" for the first of the run's own stages, or
+            "" (codes only: nothing can be drawn as pixels).
+        images: what to encode where `path` is ""; its `crop`, `resize` and `flip` give way to:
+        views: codes kept per image and resize: "center", "flip" (image and mirrored image) or "ten"
+            (four corners and the centre, then the same mirrored). Training draws one at random,
+            validation takes the first of a set of its own, the centre crop.
+        resizes: shorter side before the crop, as multiples of `images.size`.
+        shuffle, workers: as for images.
+    """
+
+    path: str = ""
+    tokenizer: str = "stage:0"
+    images: ImageData = ImageData()
+    views: str = "ten"
+    resizes: tuple[float, ...] = (1.1, 1.05)
+    shuffle: bool = True
     workers: int = 0
 
 
@@ -158,6 +215,32 @@ class Sample:
 
 
 @dataclass
+class ImageSample:
+    """Sampling of images by class. Temperature 0 is greedy; top_k 0 and top_p 1 are off.
+
+    Attributes:
+        classes: class ids, drawn in turn; () takes all classes in turn.
+        count: images to draw; 0 draws one per class.
+        guidance: classifier-free guidance strength s, mixed = uncond + s (cond - uncond); 1 is none.
+        schedule: of s - 1 over the tokens: "constant", "linear" or "cosine" (from 0 up to s - 1).
+        rows: images drawn at a time.
+        columns: of the grid; 0 makes it about square.
+        files: also write every image as a file of its own.
+    """
+
+    classes: tuple[int, ...] = ()
+    count: int = 64
+    guidance: float = 1.0
+    schedule: str = "constant"
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    rows: int = 64
+    columns: int = 0
+    files: bool = False
+
+
+@dataclass
 class Log:
     """every: updates between metric lines; tensorboard / wandb need the `track` extra."""
 
@@ -172,17 +255,24 @@ class Run:
 
     net: Any
     process: Any = Autoregressive()
-    data: Data = Data()
+    data: Any = Data()
     optim: Optim = Optim()
     ema: EMA = EMA()
     precision: Precision = Precision()
     mesh: Mesh = Mesh()
     checkpoint: Checkpoint = Checkpoint()
     eval: Eval = Eval()
-    sample: Sample = Sample()
+    sample: Any = Sample()
     log: Log = Log()
     seed: int = 0
     steps: int = 1000
     batch_size: int = 8
     init_from: str = ""
     stages: tuple[Run, ...] = ()
+
+
+# Kinds of part a Run can hold; `lintime` reads saved configs back through these names.
+NETS = {"transformer_vq": TransformerVQConfig, "mamba": MambaConfig}
+PROCESSES = {"autoregressive": Autoregressive}
+DATA = {"text": Data, "images": ImageData, "codes": CodeData}
+SAMPLES = {"text": Sample, "images": ImageSample}
