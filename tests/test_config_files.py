@@ -16,17 +16,18 @@ from lintime.train.config_files import (
     read_config,
     save_config,
     to_json,
-    validate,
 )
 from lintime.train.errors import UserError
 from lintime.train.override import apply_overrides
 from lintime.train.schema import Run
+from lintime.train.validate import validate
 
 RUN = Run(net=TransformerVQConfig())
 GOOD = '''
 """My own experiment."""
 from lintime.model.nets.transformer_vq import TransformerVQConfig
 from lintime.train.schema import Run
+from lintime.train.validate import validate
 
 config = Run(net=TransformerVQConfig(d_model=64), steps=7)
 '''
