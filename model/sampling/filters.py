@@ -2,6 +2,10 @@
 
 Everything acts on the last axis, of size V. Temperature, k and p are ordinary (traced) numbers,
 either one for all rows or one per row, so that changing them compiles nothing anew.
+
+There are two conventions. `top_k_filter`, `nucleus_filter`, `filter_logits` and `draw` are those of
+text (exactly k entries, a slack of 1e-4 in p); `keep_top_k`, `keep_nucleus` and `keep_likely` those
+of image tokens (all entries that tie with the k-th, no slack), which find thresholds without a sort.
 """
 
 from __future__ import annotations
@@ -115,3 +119,109 @@ def draw(
     drawn = jax.vmap(jax.random.categorical)(keys, kept)
     greedy = jnp.argmax(logits, axis=-1)
     return jnp.where(jnp.asarray(temperature) > 0, drawn, greedy).astype(jnp.int32)
+
+
+DIGIT = 4  # bits of a threshold found per pass over the logits
+
+
+def _ordered(x: Array) -> Array:
+    """uint32 keys in the order of the float32 numbers x; -0 and 0 are equal."""
+    bits = lax.bitcast_convert_type(jnp.where(x == 0, 0.0, x).astype(jnp.float32), jnp.uint32)
+    return jnp.where(bits >> 31, ~bits, bits | jnp.uint32(1 << 31))
+
+
+def _least(reached, shape: tuple[int, ...], bits: int) -> Array:
+    """The least number t of `bits` bits with reached(t), digit by digit.
+
+    Args:
+        reached: [..., D] uint32 candidates -> bool, which must not fall as t rises; taken as true
+            at the largest t.
+        shape: of the result.
+    """
+    t = jnp.zeros(shape, jnp.uint32)
+    digits = jnp.arange(2**DIGIT - 1, dtype=jnp.uint32)
+    for low in reversed(range(0, bits, DIGIT)):
+        # The last number with each digit, the digits below being all ones.
+        last = t[..., None] | (digits << low) | jnp.uint32((1 << low) - 1)
+        digit = jnp.sum(~reached(last), axis=-1, dtype=jnp.uint32)
+        t = t | (digit << low)
+    return t
+
+
+def _total(values: Array, chosen: Array) -> Array:
+    """Sums over V of values [..., V] where chosen [..., D, V]: [..., D]."""
+    return jnp.sum(jnp.where(chosen, values[..., None, :], 0), axis=-1)
+
+
+def keep_top_k(logits: Array, k: Array | int) -> Array:
+    """Drop what is below the k-th largest entry; entries equal to it are all kept.
+
+    Args:
+        logits: [..., V] float32.
+        k: int or [...] int; 0 keeps everything, as does k >= V.
+
+    Returns:
+        [..., V]: kept entries unchanged, dropped ones -1e10.
+    """
+    keys, k = _ordered(logits), _per_row(k, jnp.int32)
+    one = jnp.ones_like(keys, jnp.int32)
+    # The k-th largest is the least number that fewer than k entries exceed.
+    exceed = lambda t: _total(one, keys[..., None, :] > t[..., None])
+    kth = _least(lambda t: exceed(t) < k, keys.shape[:-1], 32)
+    return jnp.where((keys >= kth[..., None]) | (k <= 0), logits, DROPPED)
+
+
+def keep_nucleus(logits: Array, p: Array | float) -> Array:
+    """Drop the least likely entries as long as their total probability is at most 1 - p.
+
+    In ascending stable order an entry is dropped if the cumulative probability up to and including
+    it is <= 1 - p; the last, which is the most likely, is always kept.
+
+    Args:
+        logits: [..., V] float32, normalised or not; dropped entries of a filter before may be there.
+        p: float or [...] float in (0, 1]; 1 keeps everything.
+
+    Returns:
+        [..., V]: kept entries unchanged, dropped ones -1e10. Probabilities are float32.
+    """
+    size, rows = logits.shape[-1], logits.shape[:-1]
+    keys, p = _ordered(logits), _per_row(p, jnp.float32)
+    probs, tail = jax.nn.softmax(logits.astype(jnp.float32), axis=-1), 1.0 - p
+    upto = lambda t: _total(probs, keys[..., None, :] <= t[..., None])
+    least = _least(lambda t: upto(t) > tail, rows, 32)[..., None]
+    # Where rounding keeps even the sum of all from exceeding 1 - p, the largest is what remains.
+    least = jnp.minimum(least, jnp.max(keys, axis=-1, keepdims=True))
+    # Of the entries equal to the least one kept, those of lower index go first.
+    equal, index = keys == least, jnp.arange(size, dtype=jnp.uint32)
+    below = jnp.sum(jnp.where(keys < least, probs, 0), axis=-1, keepdims=True)
+    each = jnp.max(jnp.where(equal, probs, 0), axis=-1, keepdims=True)
+    ties = lambda j: _total(equal.astype(jnp.int32), index <= j[..., None])
+    first = _least(lambda j: below + each * ties(j) > tail, rows, (size - 1).bit_length())
+    last = jnp.max(jnp.where(equal, index, 0), axis=-1)
+    first = jnp.minimum(first, last)[..., None]
+    keep = (keys > least) | (equal & (index >= first)) | (p >= 1)
+    return jnp.where(keep, logits, DROPPED)
+
+
+def keep_likely(
+    logits: Array,
+    *,
+    temperature: Array | float = 1.0,
+    top_k: Array | int | None = None,
+    top_p: Array | float | None = None,
+) -> Array:
+    """Logits after temperature, then `keep_top_k`, then `keep_nucleus` (arXiv 2408.12245's code).
+
+    Args:
+        logits: [..., V] float.
+        temperature: divides the logits; 0 stands for a greedy choice, which is not made here, and
+            changes nothing.
+        top_k, top_p: as in the filters; None leaves a filter out of the program.
+
+    Returns:
+        [..., V] float32, dropped entries -1e10 (not normalised).
+    """
+    temperature = _per_row(temperature, jnp.float32)
+    out = logits.astype(jnp.float32) / jnp.where(temperature > 0, temperature, 1.0)
+    out = out if top_k is None else keep_top_k(out, top_k)
+    return out if top_p is None else keep_nucleus(out, top_p)

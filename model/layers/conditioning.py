@@ -1,0 +1,106 @@
+"""Adaptive layer norm: a vector per row shifts, scales and gates every block (arXiv 2212.09748).
+
+The family differs in where the vectors come from (AiM, arXiv 2408.12245, section 3.3):
+
+    adaLN         each block has a head,   v_i = W_i silu(c) + b_i
+    adaLN-single  all blocks share one,    v_i = W silu(c) + b + table_i
+    adaLN-group   G shared heads,          v_i = W_{i mod G} silu(c) + b_{i mod G} + table_i
+
+A block has three vectors per branch. With several branches the order is shift of every branch,
+scale of every branch, gate of every branch: rows.reshape(3, branches, ..) takes them apart.
+"""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jax import Array
+
+from ...kernels_pallas.matmul import matmul
+from .mlp import uniform_fan_in
+
+KINDS = ("adaln", "adaln_single", "adaln_group")
+
+
+def modulate(x: Array, shift: Array, scale: Array) -> Array:
+    """x (1 + scale) + shift; shift and scale [.., d] broadcast against x."""
+    return x * (1 + scale) + shift
+
+
+def groups_of(kind: str, num_groups: int) -> int:
+    """Shared heads of a kind of conditioning: 0 means that each block has its own.
+
+    Raises:
+        ValueError: an unknown kind, or adaLN-group without a group.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"conditioning={kind!r}; choose one of {', '.join(KINDS)}")
+    if kind == "adaln_group" and num_groups < 1:
+        raise ValueError(f"num_groups={num_groups}; conditioning=adaln_group needs at least 1")
+    return {"adaln": 0, "adaln_single": 1, "adaln_group": num_groups}[kind]
+
+
+class ModulationHead(nn.Module):
+    """W silu(c) + b as rows of vectors: parameters `kernel` [d, rows d] and `bias` [rows d].
+
+    Attributes:
+        rows: vectors of width d.
+        zero: start at W = 0, so that blocks start as the identity (adaLN-Zero), instead of
+            U(-1/sqrt(d), 1/sqrt(d)).
+        dtype: of the matmul.
+    """
+
+    rows: int
+    zero: bool = True
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, c: Array) -> Array:
+        """[rows, B, d] in at least float32, from c [B, d]."""
+        batch, width = c.shape
+        init = nn.initializers.zeros if self.zero else uniform_fan_in
+        kernel = self.param("kernel", init, (width, self.rows * width))
+        bias = self.param("bias", nn.initializers.zeros, (self.rows * width,))
+        h = nn.silu(c).astype(self.dtype)
+        vectors = matmul("bd,dk->bk", h, kernel.astype(self.dtype)) + bias
+        return jnp.moveaxis(vectors.reshape(batch, self.rows, width), 1, 0)
+
+
+class BlockModulation(nn.Module):
+    """The vectors of one block: a head of its own, or a shared head's plus a table of its own.
+
+    Attributes:
+        rows: vectors of the block, 3 per branch.
+        dtype: of the matmul.
+    """
+
+    rows: int
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, c: Array, shared: Array | None) -> Array:
+        """[rows, B, d] in at least float32.
+
+        Args:
+            c: [B, d] condition.
+            shared: [rows, B, d] of the block's group; None for a head of its own.
+        """
+        if shared is None:
+            return ModulationHead(self.rows, dtype=self.dtype, name="head")(c)
+        width = c.shape[-1]
+        table = self.param("table", nn.initializers.normal(width**-0.5), (self.rows, width))
+        return shared + table[:, None]
+
+
+def share_out(shared: Array, n_layer: int, rows: int) -> Array:
+    """Pieces of G shared heads for each block: block i gets piece i mod G (interleaved).
+
+    Args:
+        shared: [G rows, B, d].
+
+    Returns:
+        [n_layer, rows, B, d].
+    """
+    groups = shared.shape[0] // rows
+    pieces = shared.reshape(groups, rows, *shared.shape[1:])
+    return pieces[jnp.arange(n_layer) % groups]
