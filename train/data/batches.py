@@ -57,15 +57,18 @@ class RowOrder:
         return indices
 
 
-def row_uniforms(seed: int, step: int, row: int, count: int) -> np.ndarray:
-    """[count] float64 in [0, 1): a pure function of (seed, step, row).
+def row_uniforms(seed: int, step: int, rows: np.ndarray, count: int) -> np.ndarray:
+    """[R, count] float64 in [0, 1): each row a pure function of (seed, step, its number).
 
     Philox counts 256-bit blocks under a 128-bit key (Salmon et al. 2011, "Parallel random numbers:
-    as easy as 1, 2, 3"): the seed is the key, step and row are the counter. Its raw words are the
-    same in every NumPy, which the methods of a Generator need not be.
+    as easy as 1, 2, 3"): the seed is the key, the step stands in the counter's highest word and row
+    r has words [r*count, (r+1)*count) of what follows. Its raw words are the same in every NumPy,
+    which the methods of a Generator need not be.
     """
-    bits = np.random.Philox(key=seed % 2**64, counter=[0, 0, row, step]).random_raw(count)
-    return (bits >> np.uint64(11)) * 2.0**-53
+    rows = np.asarray(rows, np.int64)
+    total = (int(rows.max()) + 1) * count if rows.size else 0
+    bits = np.random.Philox(key=seed % 2**64, counter=[0, 0, 0, step]).random_raw(total)
+    return (bits.reshape(-1, count)[rows] >> np.uint64(11)) * 2.0**-53
 
 
 def pick(uniform: float, count: int) -> int:
