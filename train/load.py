@@ -69,7 +69,7 @@ def load(
         restored, step, fingerprint = _restore(config, path, step, ema)
     return LOADED[type(config.net)](
         config, restored["params"], restored["stats"], step=step, path=path,
-        fingerprint=fingerprint, **options,
+        data_fingerprint=fingerprint, **options,
     )  # fmt: skip
 
 
