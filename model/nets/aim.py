@@ -236,9 +236,7 @@ class AiM(nn.Module):
         if not 1 <= t_len <= c.num_tokens:
             raise ValueError(f"{t_len} tokens per image; the net has num_tokens={c.num_tokens}")
         if random and c.class_dropout:
-            dropped = jax.random.bernoulli(
-                self.make_rng("dropout"), c.class_dropout, labels.shape
-            )
+            dropped = jax.random.bernoulli(self.make_rng("dropout"), c.class_dropout, labels.shape)
             labels = jnp.where(dropped, c.num_classes, labels)
         modulation = self.modulation(labels)
         tokens = jnp.take(self.embedding, codes[:, :-1], axis=0)
@@ -308,7 +306,7 @@ class AiM(nn.Module):
 
     @nn.nowrap
     def init_state(self, batch: int, dtype=None, *, unroll: bool = False) -> Any:
-        """State before the first token: stacked over blocks (batch is axis 1), or a list of blocks'.
+        """State before the first token, stacked over blocks (batch is axis 1) or as a list of them.
 
         Args:
             dtype: in which the mixers keep what they may keep narrow; None means the net's.
