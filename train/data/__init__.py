@@ -1,7 +1,7 @@
 """Training and evaluation data: every batch is a pure function of seed, step and row.
 
-`open_data(config, split=..., seed=..., batch_size=...)` is the way in for text, `open_image_data` and
-`open_code_data` for images and their codes.
+`open_data(config, split=..., seed=..., batch_size=...)` is the way in for text, `open_image_data`
+and `open_code_data` for images and their codes.
 """
 
 from .codes import CodeDataset, open_code_data
