@@ -177,7 +177,7 @@ def _open_files(files: Sequence[Path], path: str) -> dict[str, object]:
     files = [f for f in files if not f.name.endswith((".labels.npy", CLASSES_FILE))]
     arrays = [file for file in files if is_array_file(file)]
     records = [file for file in files if is_record_file(file)]
-    if len(arrays) not in (0, len(files)) or len(records) not in (0, len(files)) or not files:
+    if not files or len(files) not in (len(arrays), len(records)):
         strange = next((f for f in files if f not in arrays and f not in records), None)
         what = f"{strange} is neither" if strange else f"{path} holds both"
         hint = (
