@@ -130,8 +130,10 @@ def _parser() -> _Parser:
     sub = add(
         "eval", _eval,
         "Evaluate a run on a split of its data (or other data: data.path=...).",
-        "Settings are the fields of `data`, `eval`, `mesh` and `precision`, and batch_size.\n"
-        "Example, the whole split: lintime eval --run runs/mine --split test eval.batches=0",
+        "Settings are the fields of `data`, `eval`, `mesh`, `precision` and `sample`, and\n"
+        "batch_size. Examples, the whole split, and FID of 50,000 images:\n"
+        "  lintime eval --run runs/mine --split test eval.batches=0\n"
+        "  lintime eval --run runs/aim eval.samples=50000 eval.inception=FILE eval.reference=FILE",
     )  # fmt: skip
     _run_arguments(sub)
     sub.add_argument("--split", default="validation", choices=["validation", "test"])

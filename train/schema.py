@@ -243,6 +243,7 @@ class ImageSample:
         rows: images drawn at a time.
         columns: of the grid; 0 makes it about square.
         files: also write every image as a file of its own.
+        npz: also write all as one .npz file, as the ADM evaluator reads it.
     """
 
     classes: tuple[int, ...] = ()
@@ -255,6 +256,7 @@ class ImageSample:
     rows: int = 64
     columns: int = 0
     files: bool = False
+    npz: bool = False
 
 
 @dataclass
