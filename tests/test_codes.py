@@ -71,8 +71,8 @@ def test_what_a_folder_says(folder):
     names = sorted(p.name for p in folder.iterdir())
     assert names == sorted(
         ["codes.json"]
-        + [f"train-0000{i}.{kind}.npy" for i in range(3) for kind in ("codes", "labels")]
-        + [f"validation-0000{i}.{kind}.npy" for i in range(2) for kind in ("codes", "labels")]
+        + [f"train-0000{i}.{kind}" for i in range(3) for kind in ("codes.npy", "labels.npz")]
+        + [f"validation-0000{i}.{kind}" for i in range(2) for kind in ("codes.npy", "labels.npz")]
     )
     assert np.load(folder / "train-00002.codes.npy").shape == (2, 4, 6)
 
@@ -180,8 +180,9 @@ def test_folders_that_do_not_fit(tmp_path, folder):
 
 def test_missing_and_torn_shards(folder):
     assert all(has_shard(folder, INFO, "train", shard) for shard in range(3))
-    path = folder / "train-00001.labels.npy"
+    path = folder / "train-00001.labels.npz"
     labels = path.read_bytes()
+    assert has_shard(folder, INFO, "train", 1, "") and not has_shard(folder, INFO, "train", 1, "h")
     for content in (labels[:-4], b"", None):
         path.unlink()
         if content is not None:

@@ -143,9 +143,7 @@ def test_other_filters_resize_in_one_step():
     np.testing.assert_array_equal(
         resize_shorter(small, 8, "nearest"), small.repeat(2, 0).repeat(2, 1)
     )
-    assert resize_shorter(small, 4, "lanczos") is not None and np.array_equal(
-        resize_shorter(small, 4, "lanczos"), small
-    )
+    np.testing.assert_array_equal(resize_shorter(small, 4, "lanczos"), small)
 
 
 def test_ten_crop_by_hand():
@@ -420,6 +418,9 @@ def test_hold_out_is_stratified(sizes, fraction):
         def __len__(self):
             return len(self.labels)
 
+        def identity(self, i):
+            return f"{i}.png"
+
     train, held_out = hold_out(Images(), fraction)
     count = sum(sizes)
     assert sorted([*train.indices, *held_out.indices]) == list(range(count))
@@ -602,6 +603,29 @@ def test_without_scikit_learn(monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn", None)
     refused(ImageData(size=16), r"pip install 'lintime\[image\]'")
     refused(ImageData(path="builtin:cats"), "built-in images are builtin:digits and builtin:photos")
+
+
+def test_a_division_stays_when_images_come(folder):
+    config = data(folder, validation_fraction=0.2)
+    before = find_images(config, "validation")
+    names = {before.name(i) for i in range(len(before))}
+    for name in ("ant", "bee", "cat"):
+        for i in range(5):
+            Image.fromarray(picture()).save(folder / name / f"a{i}.png")
+    after = find_images(config, "validation")
+    assert len(names) == 3 and len(after) == 6
+    assert names < {after.name(i) for i in range(6)}
+
+
+def test_hash_of_some_images(folder):
+    train = find_images(data(folder), "train")
+    whole, part = train.hash_of(range(6)), train.hash_of(range(3))
+    assert whole == train.hash_of(range(6)) != part
+    path = train.name(5)
+    Image.fromarray(picture(50, 50)).save(path)
+    assert train.hash_of(range(6)) != whole and train.hash_of(range(3)) == part
+    digits = find_images(ImageData(path="builtin:digits"), "train")
+    assert digits.hash_of([0, 1]) != digits.hash_of([0, 2])
 
 
 def test_large_folders_are_sampled(monkeypatch, folder):

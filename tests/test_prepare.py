@@ -14,6 +14,7 @@ from PIL import Image
 
 from lintime.train import prepare
 from lintime.train.data import open_code_data
+from lintime.train.data.codes import shard_files
 from lintime.train.data.crops import to_unit, views_of
 from lintime.train.data.image_sources import find_image_splits
 from lintime.train.errors import UserError
@@ -90,10 +91,11 @@ def test_codes_are_those_of_the_crops(images, tmp_path, views):
     for split, found in find_image_splits(images).items():
         resizes, kind = ((1.5, 1.25), views) if split == "train" else ((1.5,), "center")
         stored = [
-            [np.load(tmp_path / "out" / f"{split}-{s:05d}.{k}.npy") for s in info.shards(split)]
-            for k in ("codes", "labels")
+            [np.load(path) for path in shard_files(tmp_path / "out", split, shard)]
+            for shard in info.shards(split)
         ]
-        codes, labels = (np.concatenate(arrays) for arrays in stored)
+        codes = np.concatenate([codes for codes, _ in stored])
+        labels = np.concatenate([archive["labels"] for _, archive in stored])
         assert codes.dtype == np.uint16
         np.testing.assert_array_equal(labels, found.labels)
         for i in range(len(found)):
@@ -139,7 +141,7 @@ def test_an_interrupted_run_continues_and_a_finished_one_is_left(images, tmp_pat
         f"{out} already holds the codes of 16 images of 3 classes (11 train + 5 validation), 20 "
         "crops of a training image"
     ]
-    (out / "train-00001.labels.npy").unlink()  # lost: made again
+    (out / "train-00001.labels.npz").unlink()  # lost: made again
     run(images, out, rest)
     assert contents(out) == contents(tmp_path / "whole")
 
@@ -151,7 +153,7 @@ def test_processes_share_the_shards(images, tmp_path, monkeypatch):
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     monkeypatch.setattr(jax, "process_index", lambda: 1)
     _, lines = run(images, out)
-    assert lines == [] and barriers == ["plan", "shards", "done"]
+    assert lines == [] and barriers == ["looked", "plan", "shards", "done"]
     names = {n.split(".")[0] for n in contents(out)}
     assert names == {"train-00001", "train-00003", "validation-00001"}
     monkeypatch.setattr(jax, "process_index", lambda: 0)
@@ -169,7 +171,7 @@ def test_other_tokenizer_images_and_settings_are_refused(images, tmp_path):
     run(images, out)
     other = Patches("others")
     refused(
-        images, out, "made by another tokenizer .fingerprint patches, this one has others", other
+        images, out, "made with another tokenizer .fingerprint patches, this one has others", other
     )
     refused(images, out, r"made with views=ten \(here flip\); give another --out", views="flip")
     refused(images, out, r"made with resizes=\[1.5, 1.25\] \(here \[1.5\]\)", resizes=(1.5,))
@@ -196,20 +198,51 @@ def test_wrong_settings(images, tmp_path):
     assert not out.exists()
 
 
-def test_a_bad_image_stops_and_the_rest_is_kept(images, tmp_path):
-    bad = tmp_path / "images" / "train" / "c" / "02.png"  # the ninth image, in the third shard
-    good = bad.read_bytes()
+def test_a_bad_image_stops_and_what_is_done_is_kept(images, tmp_path):
+    out, bad = tmp_path / "out", tmp_path / "images" / "train" / "c" / "02.png"
+    good = bad.read_bytes()  # image 8 of 11: in the third shard
     bad.write_bytes(good[:60])
-    with pytest.raises(UserError, match="cannot read the image .*train/c/02.png"):
-        run(images, tmp_path / "out")
-    bad.write_bytes(good)
-    # its size is part of what the images are: the codes begun are those of other images
-    refused(images, tmp_path / "out", "other images")
-    (tmp_path / "small").mkdir()
+    for _ in range(2):
+        with pytest.raises(UserError, match="cannot read the image .*train/c/02.png"):
+            run(images, out)
+        assert sum("codes.npy" in name for name in contents(out)) == 2
+    bad.write_bytes(good)  # names and numbers are the same, a size is not
+    tokenizer = Patches()
+    _, lines = run(images, out, tokenizer)
+    assert "2 of 6 shards are there" in lines[0] and tokenizer.calls == 3 + 2 + 2
+    run(images, tmp_path / "whole")
+    assert contents(out) == contents(tmp_path / "whole")
+
+
+def test_images_that_change_before_the_end(images, tmp_path):
+    """An image goes: shards before it stay, shards behind it are made again."""
+    out, path = tmp_path / "out", tmp_path / "images" / "train" / "b" / "01.png"  # image 4 of 11
+    with pytest.raises(KeyboardInterrupt):
+        run(images, out, Patches(fail_at=11))  # three shards are done
+    gone = path.read_bytes()
+    path.unlink()
+    with pytest.raises(KeyboardInterrupt):
+        run(images, out, Patches(fail_at=1))
+    assert sum("codes.npy" in name for name in contents(out)) == 1  # no stale shard stays
+    _, lines = run(images, out)
+    assert "1 of 6 shards are there" in lines[0]
+    run(images, tmp_path / "whole")
+    assert contents(out) == contents(tmp_path / "whole")
+    path.write_bytes(gone)
+    refused(images, out, "made with other images")  # a finished folder is not touched
+    with pytest.raises(KeyboardInterrupt):
+        run(images, tmp_path / "begun", Patches(fail_at=5))
+    for name in ("train", "val"):
+        for file in (tmp_path / "images" / name).glob("*/*"):
+            file.rename(file.with_stem(file.stem + "x"))
+    refused(images, tmp_path / "begun", "made with other images")  # not one shard would stay
+
+
+def test_tiny_image_is_named(images, tmp_path):
     tiny = tmp_path / "images" / "train" / "b" / "tiny.png"
     Image.fromarray(np.zeros((40, 3, 3), np.uint8)).save(tiny)
     with pytest.raises(UserError, match="tiny.png has 3 x 40 pixels, less than 1/8 of size=32"):
-        run(ImageData(**{**vars(images), "size": 32}), tmp_path / "small")
+        run(ImageData(**{**vars(images), "size": 32}), tmp_path / "out")
 
 
 @pytest.mark.parametrize("value, words", [(1000, "gave codes 1000"), (-1, "gave codes -1")])
