@@ -62,7 +62,7 @@ def ssd_decode(
 
     Args:
         cache: the tokens so far, the newest in slot `index` (see `append`). Slots after it may hold
-            anything, NaN included.
+            anything; only "xla" wants the x there finite, as `init_cache` and `append` leave it.
         C: [R, G, N] of the newest token; head h uses group h // (H/G).
         index: scalar int32, may be traced.
         implementation: None (best available), "reference" or "xla"; see `implementation_for`.

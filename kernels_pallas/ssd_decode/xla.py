@@ -24,8 +24,8 @@ def ssd_decode_xla(cache: DualCache, C: Array, index: Array) -> Array:
     weights = jnp.exp(cache.cs.reshape(rows, blocks, 1, per) + cache.scale) * scores[..., None]
     valid = (jnp.arange(sizes["S"]) <= index)[:, None]
     weights = jnp.where(valid, weights, 0).astype(dtype)
-    x = jnp.where(valid, cache.x, 0)  # by selection: it may be NaN
-    square = jnp.einsum("rjsk,rjsc->rjkc", weights, x, preferred_element_type=dtype)
+    # No selection on x: XLA would write a selected copy of the whole cache to memory.
+    square = jnp.einsum("rjsk,rjsc->rjkc", weights, cache.x, preferred_element_type=dtype)
     square = square.reshape(rows, blocks, per, per, -1)
     own = jnp.eye(per, dtype=bool)[..., None]
     y = jnp.sum(jnp.where(own, square.astype(acc), 0), axis=3)
