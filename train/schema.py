@@ -18,7 +18,6 @@ from ..model.processes.autoregressive import Autoregressive
 dataclass = dataclasses.dataclass(frozen=True, kw_only=True)
 
 
-
 @dataclass
 class Data:
     """Where training sequences come from.

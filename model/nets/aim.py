@@ -236,9 +236,7 @@ class AiM(nn.Module):
         if not 1 <= t_len <= c.num_tokens:
             raise ValueError(f"{t_len} tokens per image; the net has num_tokens={c.num_tokens}")
         if random and c.class_dropout:
-            dropped = jax.random.bernoulli(
-                self.make_rng("dropout"), c.class_dropout, labels.shape
-            )
+            dropped = jax.random.bernoulli(self.make_rng("dropout"), c.class_dropout, labels.shape)
             labels = jnp.where(dropped, c.num_classes, labels)
         modulation = self.modulation(labels)
         tokens = jnp.take(self.embedding, codes[:, :-1], axis=0)

@@ -155,9 +155,7 @@ def make_class_sampler(
 
     run = jax.jit(run)
 
-    def sampler(
-        variables, keys, labels, *, guidance=None, temperature=1.0, top_k=0, top_p=1.0
-    ):
+    def sampler(variables, keys, labels, *, guidance=None, temperature=1.0, top_k=0, top_p=1.0):
         array = lambda value, dtype: jnp.asarray(value, dtype)
         labels = labels if isinstance(labels, jax.core.Tracer) else np.asarray(labels)
         guidance = None if guidance is None else array(guidance, jnp.float32)
