@@ -33,6 +33,12 @@ IMPLEMENTATIONS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "causal_conv1d": _EVERYWHERE,
     "selective_scan": _EVERYWHERE,
     "ssd": _EVERYWHERE,
+    "ssd_decode": {
+        "cpu:*": ("xla", "reference", "pallas_gpu"),
+        "gpu:NVIDIA H*": _HOPPER,
+        "gpu:NVIDIA GH*": _HOPPER,
+        "*": ("xla", "reference"),
+    },
 }
 
 # What None does not give a kernel: mostly padding it would be, or more than a grid takes.

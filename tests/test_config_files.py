@@ -8,6 +8,7 @@ import pytest
 
 from lintime.model.nets.transformer_vq import TransformerVQConfig
 from lintime.train import config_files
+from lintime.train import validate as validation
 from lintime.train.config_files import (
     check_continuation,
     from_json,
@@ -16,11 +17,11 @@ from lintime.train.config_files import (
     read_config,
     save_config,
     to_json,
-    validate,
 )
 from lintime.train.errors import UserError
-from lintime.train.override import apply_overrides
-from lintime.train.schema import Run
+from lintime.train.override import apply_overrides, leaves
+from lintime.train.schema import NETS, Run
+from lintime.train.validate import validate
 
 RUN = Run(net=TransformerVQConfig())
 GOOD = '''
@@ -241,8 +242,8 @@ def test_good_values_and_stages():
 
 
 def test_every_checked_field_exists():
-    runs = [RUN, dataclasses.replace(RUN, net=config_files.NETS["mamba"]())]
-    fields = {path for run in runs for path, _, _ in config_files.leaves(run)}
-    checked = set(config_files._CHOICES)
-    checked |= {p for _, _, paths in config_files._RANGES for p in paths.split()}
+    runs = [RUN, dataclasses.replace(RUN, net=NETS["mamba"]())]
+    fields = {path for run in runs for path, _, _ in leaves(run)}
+    checked = set(validation._CHOICES)
+    checked |= {p for _, _, paths in validation._RANGES for p in paths.split()}
     assert checked <= fields

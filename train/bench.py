@@ -22,11 +22,12 @@ from typing import Any
 
 from ..model.nets.transformer_vq import TransformerVQConfig
 from .bench_report import ORIGINAL, markdown, parts_markdown, picture
-from .config_files import from_json, to_json, validate
+from .config_files import from_json, to_json
 from .errors import UserError
 from .files import write_atomic
 from .override import apply_overrides
 from .schema import Data, Optim, Precision, Run
+from .validate import validate
 
 VARIANTS = {
     "dense-flash": {"attention": "flash"},
@@ -43,6 +44,7 @@ TRAINING_ONLY = (
     "lengths", "head", "tokens", "warmup", "remat", "overrides", "devices", "op", "original",
     "isolate",
 )  # fmt: skip
+
 TAKEN = {
     "net.attention": "--variants", "net.reduction": "--variants", "net.head_type": "--head",
     "data.sequence_len": "--lengths", "data.update_len": "--lengths", "batch_size": "--tokens",

@@ -169,8 +169,9 @@ def _run_arguments(sub: argparse.ArgumentParser) -> None:
 
 
 def _train(arguments: argparse.Namespace) -> None:
-    from .config_files import list_configs, load_config, validate
+    from .config_files import list_configs, load_config
     from .override import apply_overrides, list_fields
+    from .validate import validate
 
     if arguments.list:
         for name, line in list_configs():

@@ -1,4 +1,4 @@
-"""Finding config files, saving a run's config as JSON, and checking its values."""
+"""Finding config files and saving a run's config as JSON."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import dataclasses
 import importlib
 import importlib.util
 import json
-import math
 import os
 import re
 import sys
@@ -17,19 +16,18 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__
-from ..model.nets.mamba_lm import make_mixer
 from .errors import UserError
 from .files import write_atomic
-from .override import diff, field_types, leaves, matches, nearest, type_name
-from .schema import NETS, PROCESSES, Run
+from .override import diff, field_types, matches, nearest, type_name
+from .schema import DATA, NETS, PROCESSES, SAMPLES, Run
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
 # Fields that may change when a run is continued; every other change needs a new run.
 CHANGEABLE = ("steps", "mesh", "log", "eval", "checkpoint", "sample")
-CHANGEABLE += ("data.workers", "data.cache")  # batches do not depend on them
+CHANGEABLE += ("data.workers", "data.cache", "data.images.workers")  # batches do not depend on them
 
-_KINDS = {"net": NETS, "process": PROCESSES}
+KINDS = {"net": NETS, "process": PROCESSES, "data": DATA, "sample": SAMPLES}
 
 
 # ---------------------------------------------------------------- config files
@@ -182,12 +180,12 @@ def _to_json(value: Any) -> Any:
     if not dataclasses.is_dataclass(value):
         return value
     result = {name: _to_json(getattr(value, name)) for name in field_types(type(value))}
-    for field, kinds in _KINDS.items():
+    for field, kinds in KINDS.items():
         if isinstance(value, Run):
             part = getattr(value, field)
             kind = next((k for k, cls in kinds.items() if cls is type(part)), None)
             if kind is None:
-                raise UserError(_unknown_kind(field, type(part).__name__, kinds))
+                raise unknown_kind(field, type(part).__name__, kinds)
             result[field] = {"kind": kind, **result[field]}
     return result
 
@@ -213,141 +211,17 @@ def _from_json(data: Any, annotation: Any, path: str) -> Any:
         if name not in data:
             raise UserError(f"field {prefix + name!r} is missing")
         part = data[name]
-        if annotation is Run and name in _KINDS:
+        if annotation is Run and name in KINDS:
             part = dict(part) if isinstance(part, dict) else {}
             kind = part.pop("kind", None)
-            if kind not in _KINDS[name]:
-                raise UserError(_unknown_kind(prefix + name, kind, _KINDS[name]))
-            field_type = _KINDS[name][kind]
+            if kind not in KINDS[name]:
+                raise unknown_kind(prefix + name, kind, KINDS[name])
+            field_type = KINDS[name][kind]
         fields[name] = _from_json(part, field_type, prefix + name)
     return annotation(**fields)
 
 
-def _unknown_kind(path: str, kind: Any, kinds: dict) -> str:
-    return f"{path}: unknown kind {kind!r}; known kinds: {', '.join(sorted(kinds))}"
-
-
-# ---------------------------------------------------------------- values
-
-_CHOICES = {
-    "data.format": ("auto", "text", "enwik8", "pg19", "images"),
-    "optim.name": ("adamw", "lion", "adafactor"),
-    "optim.schedule": ("cosine", "linear", "constant"),
-    "precision.compute": ("float32", "bfloat16"),
-    "precision.remat": ("none", "full", "dots"),
-    "process.normalise": ("positions", "tokens"),
-    "net.head_type": ("shga", "mqa", "mha"),
-    "net.attention": ("vq", "dense", "flash"),
-    "net.reduction": ("serial", "associative", "matmul"),
-    "net.scale_on": ("logits", "features"),
-    "net.mixer": ("mamba2", "mamba1"),
-}
-
-# (what is allowed, its test, the fields)
-_RANGES = (
-    (
-        ">= 1",
-        lambda v: v >= 1,
-        "steps batch_size data.sequence_len optim.accumulate checkpoint.keep log.every "
-        "sample.length sample.rows net.vocab_size net.d_model net.n_layer net.n_head net.d_k "
-        "net.n_code net.block_len net.d_conv net.expand net.headdim net.ngroups net.chunk",
-    ),
-    (
-        ">= 0",
-        lambda v: v >= 0,
-        "seed data.update_len data.train_vocab data.workers optim.learning_rate optim.warmup "
-        "optim.decay_steps optim.weight_decay optim.eps optim.clip checkpoint.every "
-        "checkpoint.keep_best eval.every eval.batches sample.temperature sample.top_k net.d_v "
-        "net.mem_len net.commit_weight net.revive_below net.d_state net.dt_rank net.d_ssm "
-        "net.d_intermediate net.norm_epsilon",
-    ),
-    (
-        "in [0, 1)",
-        lambda v: 0 <= v < 1,
-        "ema.decay optim.b1 optim.b2 data.validation_fraction net.codebook_decay "
-        "net.dropout_emb net.dropout_sin net.dropout_res net.dropout_layer",
-    ),
-    ("in (0, 1]", lambda v: 0 < v <= 1, "sample.top_p"),
-    ("> 1", lambda v: v > 1, "net.pe_lam"),
-    (
-        ">= 1, or -1 for all devices left",
-        lambda v: v >= 1 or v == -1,
-        "mesh.data mesh.fsdp mesh.tensor mesh.sequence",
-    ),
-)
-
-
-def validate(run: Run) -> None:
-    """Checks types, choices, ranges and divisibility of every field before anything is built.
-
-    Raises:
-        UserError: the first fault: field, value, and what to set instead.
-    """
-    values = {}
-    for path, annotation, value in leaves(run):
-        if not matches(value, annotation):
-            raise UserError(f"{path}: expected {type_name(annotation)}, got {value!r}")
-        values[path] = value
-    for path, choices in _CHOICES.items():
-        value = values.get(path, choices[0])
-        if value not in choices:
-            raise UserError(
-                f"{path}={value}: choose one of {', '.join(choices)}{nearest(value, choices)}"
-            )
-    for allowed, test, paths in _RANGES:
-        for path in paths.split():
-            if path in values and not test(values[path]):
-                raise UserError(f"{path}={values[path]} is out of range; it must be {allowed}")
-    if type(run.net) not in NETS.values():
-        raise UserError(_unknown_kind("net", type(run.net).__name__, NETS))
-    if type(run.process) not in PROCESSES.values():
-        raise UserError(_unknown_kind("process", type(run.process).__name__, PROCESSES))
-    _check_relations(run)
-    for stage in run.stages:
-        validate(stage)
-
-
-def _check_relations(run: Run) -> None:
-    data, net, mesh = run.data, run.net, run.mesh
-    _divides(
-        "data.sequence_len",
-        data.sequence_len,
-        "data.update_len",
-        data.update_len or data.sequence_len,
-    )
-    _divides("batch_size", run.batch_size, "optim.accumulate", run.optim.accumulate)
-    open_axes = [f"mesh.{axis}" for axis, size in vars(mesh).items() if size == -1]
-    if len(open_axes) > 1:
-        raise UserError(
-            f"{' and '.join(open_axes)} are -1, but only one mesh axis can take the devices left; "
-            f"set {open_axes[0]} to a size, for example {open_axes[0]}=1"
-        )
-    if isinstance(net, NETS["transformer_vq"]):
-        if net.d_model % 2:
-            raise UserError(f"net.d_model={net.d_model} must be even (sines and cosines)")
-        if net.head_type in ("mqa", "mha"):
-            _divides("net.d_model", net.d_model, "net.d_k", net.d_k)
-        elif not net.d_v:
-            _divides("2 * net.d_model", 2 * net.d_model, "net.n_head", net.n_head)
-    if isinstance(net, NETS["mamba"]):
-        if net.dt_limit and (len(net.dt_limit) != 2 or net.dt_limit[0] > net.dt_limit[1]):
-            raise UserError(f"net.dt_limit={net.dt_limit}: give (lowest, highest) or ()")
-        if net.mixer == "mamba2":
-            try:
-                make_mixer(net, parent=None).sizes()
-            except ValueError as error:
-                raise UserError(f"net: {error}") from error
-    if data.vocab == "bytes" and net.vocab_size < 259:
-        raise UserError(
-            f"net.vocab_size={net.vocab_size} is too small for data.vocab=bytes; "
-            "set net.vocab_size=259 (256 bytes and 3 special ids)"
-        )
-
-
-def _divides(whole_name: str, whole: int, part_name: str, part: int) -> None:
-    if whole % part:
-        divisors = [d for d in range(1, whole + 1) if whole % d == 0]
-        best = min(divisors, key=lambda d: (abs(math.log(d / part)), d))
-        raise UserError(
-            f"{whole_name}={whole} is not divisible by {part_name}={part}; set {part_name}={best}"
-        )
+def unknown_kind(path: str, kind: Any, kinds: dict) -> UserError:
+    """The error for a part of a run that is none of the known kinds."""
+    known = ", ".join(sorted(kinds))
+    return UserError(f"{path}: unknown kind {kind!r}; known kinds: {known}")

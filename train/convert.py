@@ -24,11 +24,12 @@ from .arrays import (
     read_hyperparameters,
 )
 from .checkpoint import save_inference
-from .config_files import load_config, read_config, save_config, validate
+from .config_files import load_config, read_config, save_config
 from .convert_vq import dense_run_to_vq
 from .errors import UserError
 from .files import write_atomic
 from .schema import Run
+from .validate import validate
 
 EXAMPLES = """\
 examples:

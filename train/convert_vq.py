@@ -16,11 +16,12 @@ from ..model.convert.dense_to_vq import dense_to_vq
 from ..model.nets.transformer_vq import TransformerVQConfig, head_geometry
 from .arrays import check_weights, load_weights, must_be_new
 from .checkpoint import save_inference
-from .config_files import read_config, save_config, validate
+from .config_files import read_config, save_config
 from .errors import UserError
 from .override import apply_overrides
 from .schema import Run
 from .tasks import DTYPES, make_task
+from .validate import validate
 
 LAYOUTS = {"transformer-vq-main": "main", "transformer-vq-optimized": "optimized"}
 FROM = {"main": layouts.from_reference_main, "optimized": layouts.from_reference_optimized}

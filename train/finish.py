@@ -11,7 +11,7 @@ import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from ..model.partition import parameter_shardings
-from .config_files import read_config, validate
+from .config_files import read_config
 from .data import gzip_bits_per_byte, open_data, raw_validation_bytes
 from .errors import UserError
 from .evaluate import make_evaluator
@@ -22,6 +22,7 @@ from .override import apply_overrides, diff
 from .schema import Run
 from .state import TrainState
 from .tasks import make_task
+from .validate import validate
 
 # Groups of fields that each command reads; a run's other settings are those it was trained with.
 EVAL_FIELDS = ("data", "eval", "mesh", "precision", "batch_size")

@@ -18,13 +18,14 @@ from jax.experimental import multihost_utils
 from ..model.partition import unsharded
 from .checkpoint import Checkpoints, restore_inference
 from .config_files import check_continuation, read_config, save_config
-from .data import LMDataset, gzip_bits_per_byte, open_data, raw_validation_bytes
+from .data.open import open_split
 from .errors import UserError
 from .evaluate import make_evaluator
 from .launch import StopRequest, stop_on_signals
 from .mesh import check_batch, local_rows, make_mesh, put_batch, state_shardings
 from .metrics import Clock
-from .schema import Checkpoint, Run
+from .schema import Checkpoint, CodeData, Run
+from .stages import check_stages, codes_dir, is_finished, resolve, stage_dir, stages_of
 from .state import TrainState
 from .step import init_state, make_train_step
 from .tasks import make_task
@@ -39,12 +40,14 @@ class Result:
         run_dir: the run directory. step: updates done in all.
         metrics: the last validation metrics ({} when stopped before the end).
         stopped: name of the signal that stopped it early, or None.
+        where: what was stopped: "" or e.g. "stage 0".
     """
 
     run_dir: Path
     step: int
     metrics: dict[str, float]
     stopped: str | None = None
+    where: str = ""
 
 
 def train(
@@ -55,7 +58,7 @@ def train(
     devices=None,
 ) -> Result:
     """Train `run` in `run_dir`, continuing what is there; ends with a validation of the final
-    weights.
+    weights. Its stages, and codes that it is to make, come first.
 
     Args:
         run: validated config.
@@ -67,29 +70,29 @@ def train(
         UserError: anything the user can mend, in one line; nothing already saved is lost.
     """
     run_dir, primary = Path(run_dir), jax.process_index() == 0
-    if run.stages:
-        raise UserError("this config is a pipeline of stages; this version trains single runs only")
+    saved_config = run_dir / "config.json"
+    if saved_config.exists():
+        check_continuation(read_config(saved_config), run)
 
-    # ---- data ---------------------------------------------------------------------------------
-    train_data = open_data(
-        run.data, split="train", seed=run.seed, batch_size=run.batch_size, cache=run_dir / "cache"
-    )
-    val_data = open_data(
-        run.data, split="validation", seed=0, batch_size=run.batch_size, cache=run_dir / "cache"
-    )
-    if train_data.vocab.size != run.net.vocab_size:
-        raise UserError(
-            f"the vocabulary of data.vocab={run.data.vocab} has {train_data.vocab.size} ids, the "
-            f"net has net.vocab_size={run.net.vocab_size}; "
-            f"set net.vocab_size={train_data.vocab.size}"
-        )
+    # ---- what this run builds on, and its data ------------------------------------------------
+    check_stages(run)
+    for number, stage in enumerate(stages_of(run)):
+        folder = stage_dir(run_dir, number)
+        if not is_finished(stage, folder):
+            result = train(stage, folder, devices=devices)
+            if result.stopped:
+                return dataclasses.replace(result, where=f"stage {number}")
+    codes = _codes(run, run_dir)
+    task = make_task(run)
+    train_data = open_split(run, "train", run_dir, codes)
+    val_data = open_split(run, "validation", run_dir, codes)
+    task.check_data(train_data)
     meta = {"fingerprint": {"train": train_data.fingerprint, "validation": val_data.fingerprint}}
 
     # ---- mesh and state -----------------------------------------------------------------------
     mesh = make_mesh(run.mesh, devices)
     check_batch(run, mesh)
     rows = local_rows(mesh, run.batch_size)
-    task = make_task(run)
     with jax.set_mesh(mesh):
         abstract = jax.eval_shape(lambda k: init_state(task, run, k), jax.random.key(run.seed))
         shardings = state_shardings(abstract, mesh)
@@ -101,9 +104,6 @@ def train(
         )
 
     # ---- resume, or start ---------------------------------------------------------------------
-    saved_config = run_dir / "config.json"
-    if saved_config.exists():
-        check_continuation(read_config(saved_config), run)
     checkpoints = Checkpoints(run_dir, run.checkpoint)
     start = checkpoints.latest_step()
     if start is not None:
@@ -115,7 +115,7 @@ def train(
             init = jax.jit(lambda k: init_state(task, run, k), out_shardings=shardings)
             state = init(jax.random.key(run.seed))
         if run.init_from:
-            state = _start_from(run, state, abstract)
+            state = _start_from(resolve(run.init_from, run_dir), state, abstract)
     if primary:
         save_config(run, saved_config)
         truncate_metrics(run_dir / "metrics.jsonl", start)
@@ -126,7 +126,7 @@ def train(
     n_params = sum(a.size for a in jax.tree.leaves(abstract.params))
     tracker.message(
         f"{run_dir}: {n_params / 1e6:.2f}M parameters, {len(mesh.devices.flat)} "
-        f"{mesh.devices.flat[0].platform} device(s), {train_data.num_bytes / 1e6:.2f} MB of data"
+        f"{mesh.devices.flat[0].platform} device(s), {train_data.description}"
         + (f", continuing at step {start}" if start else "")
     )
 
@@ -148,7 +148,7 @@ def train(
         tracker.progress(number, values)
         if number % run.log.every == 0 or number == run.steps:
             clock.restart()
-            tracker.log(number, values | {"tokens": number * clock.tokens_per_step})
+            tracker.log(number, values | {clock.unit: number * clock.per_update})
 
     def save_and_validate(final: bool) -> None:
         nonlocal last_val
@@ -157,9 +157,8 @@ def train(
             last_val = validate(state)
             val_loss = last_val["loss"]
             line = {f"val_{k}": v for k, v in last_val.items()}
-            if final and primary and task.metric == "bits_per_byte":  # a yardstick for the plot
-                raw = raw_validation_bytes(val_data, run.eval.batches or None)
-                line["gzip_bits_per_byte"] = gzip_bits_per_byte(raw)
+            if final and primary:
+                line |= task.yardstick(val_data, run.eval.batches)
             if step > start:  # a finished run that is called again has this line already
                 tracker.log(step, line)
         if final or _due(step, run.checkpoint.every):
@@ -211,6 +210,22 @@ def train(
     return Result(run_dir, step, last_val, stopped)
 
 
+def _codes(run: Run, run_dir: Path) -> Path | None:
+    """The folder of codes to train on, made now if the run is to make it; None for other data."""
+    if not isinstance(run.data, CodeData):
+        return None
+    folder = codes_dir(run, run_dir)
+    if not run.data.path:
+        from .prepare import prepare_codes
+        from .tokenizer import load_tokenizer
+
+        tokenizer = load_tokenizer(resolve(run.data.tokenizer, run_dir))
+        prepare_codes(
+            run.data.images, tokenizer, folder, views=run.data.views, resizes=run.data.resizes
+        )
+    return folder
+
+
 def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
@@ -227,7 +242,7 @@ def _agreed(stop: StopRequest, step: int) -> bool:
     return bool(np.any(flags))
 
 
-def _keep_failure(run_dir: Path, step: int, state, data: LMDataset, rows, meta: dict) -> str:
+def _keep_failure(run_dir: Path, step: int, state, data, rows, meta: dict) -> str:
     """Save the state before update `step` and its batch, for a look at why it was not finite."""
     folder = run_dir / "failed" / f"step-{step}"
     saved = Checkpoints(folder, Checkpoint())
@@ -252,12 +267,12 @@ def _check_fingerprint(saved: dict | None, now: dict) -> None:
                 )
 
 
-def _start_from(run: Run, state: TrainState, abstract: TrainState) -> TrainState:
+def _start_from(path: str, state: TrainState, abstract: TrainState) -> TrainState:
     """Weights and codebooks of another run or converted checkpoint; optimiser and step stay new."""
     wanted = {"params": abstract.params, "stats": abstract.stats}
     try:
-        loaded = restore_inference(run.init_from, wanted)
+        loaded = restore_inference(path, wanted)
     except UserError as error:
-        raise UserError(f"init_from={run.init_from}: {error}") from error
+        raise UserError(f"init_from={path}: {error}") from error
     state = state.replace(params=loaded["params"], stats=loaded["stats"])
     return state.replace(ema=jax.tree.map(jax.numpy.copy, loaded["params"])) if state.ema else state

@@ -11,20 +11,19 @@ from .schema import Run
 
 
 class Clock:
-    """Tokens per second, seconds per update and model FLOPs utilisation, averaged since the last
-    `restart`.
+    """Tokens or images per second, seconds per update and model FLOPs utilisation, averaged since
+    the last `restart`.
 
     Validation and saving are left out (`pause`), and so is the first update, which compiles.
 
     Attributes:
-        tokens_per_step: tokens of one update over all processes.
+        unit, per_update: "tokens" or "images", and how many an update has over all processes.
         flops: model FLOPs of one update (3 x forward, no recomputation); None where the device's
             peak is unknown, and then no utilisation is reported.
     """
 
     def __init__(self, task, run: Run, mesh):
-        length = run.data.update_len or run.data.sequence_len
-        self.tokens_per_step = run.batch_size * length
+        self.unit, self.per_update = task.unit, task.units_per_update
         self.devices = list(mesh.devices.flat)
         self.flops = None
         if flops.peak_flops(self.devices[0]) is not None:
@@ -50,7 +49,7 @@ class Clock:
         if not self._updates:
             return {}
         seconds = self._seconds / self._updates
-        out = {"tokens_per_s": self.tokens_per_step / seconds, "step_time": seconds}
+        out = {f"{self.unit}_per_s": self.per_update / seconds, "step_time": seconds}
         if self.flops is not None:
             out["mfu"] = flops.mfu(self.flops, seconds, self.devices)
         return out
@@ -60,13 +59,7 @@ def forward_flops(task, run: Run) -> int:
     """FLOPs (2 per multiply-add) of the loss of one update over the whole batch, counted from the
     jaxpr.
     """
-    shape = (run.batch_size, run.data.update_len or run.data.sequence_len)
-    tokens = jax.ShapeDtypeStruct(shape, "int32")
-    batch = dict.fromkeys(("inputs", "targets", "mask", "segment_ids"), tokens)
-    batch |= {
-        "start": jax.ShapeDtypeStruct(shape[:1], "bool"),
-        "step": jax.ShapeDtypeStruct((), "int32"),
-    }
+    batch = task.abstract_batch() | {"step": jax.ShapeDtypeStruct((), "int32")}
     variables = jax.eval_shape(task.init, jax.random.key(0))
     carry = jax.eval_shape(lambda: task.init_carry(run.batch_size))
     loss = lambda p, s, c, b: task.loss(p, s, c, b, jax.random.key(0))[0]

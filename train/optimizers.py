@@ -9,15 +9,13 @@ import optax
 
 from .schema import Optim
 
-FINAL = 0.1  # share of the peak learning rate at the end of a decay
-
 
 def make_schedule(optim: Optim, steps: int) -> optax.Schedule:
     """Multiplier of the peak learning rate at update `count` (0-based).
 
     Linear 0 -> 1 over `warmup` updates (the first update has rate 0), then "cosine" or "linear"
-    down to 0.1 over the rest of `decay_steps` (or `steps`), constant afterwards; "constant" stays
-    at 1.
+    down to `final` over the rest of `decay_steps` (or `steps`), constant afterwards; "constant"
+    stays at 1.
     """
     total = optim.decay_steps or steps
     span = max(total - optim.warmup, 1)
@@ -26,8 +24,8 @@ def make_schedule(optim: Optim, steps: int) -> optax.Schedule:
         count = jnp.asarray(count, jnp.float32)
         share = jnp.clip((count - optim.warmup) / span, 0, 1)
         decay = {
-            "cosine": FINAL + (1 - FINAL) * 0.5 * (1 + jnp.cos(jnp.pi * share)),
-            "linear": 1 - (1 - FINAL) * share,
+            "cosine": optim.final + (1 - optim.final) * 0.5 * (1 + jnp.cos(jnp.pi * share)),
+            "linear": 1 - (1 - optim.final) * share,
             "constant": jnp.ones_like(share),
         }[optim.schedule]
         warm = count / max(optim.warmup, 1)

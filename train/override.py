@@ -24,7 +24,8 @@ def apply_overrides(run: Run, overrides: Sequence[str]) -> Run:
     """Returns `run` with every `path=value` of `overrides` applied, in order.
 
     Values are parsed by the field's annotation: int (`1000`, `10_000`, `1e4`), float, bool
-    (true/false, yes/no, 1/0), str (taken as it is), tuples (`1,2,3`), optional values (`none`).
+    (true/false, yes/no, 1/0), str (taken as it is), tuples (`1,2,3`), optional values (`none`). A
+    stage is named by its number (`stages.0.steps=100`).
 
     Raises:
         UserError: a missing "=", an unknown field, a whole group of fields, or a value of another
@@ -134,6 +135,11 @@ def nearest(name: str, names: Sequence[str], separator: str = ".") -> str:
 
 def _replace(config: Any, parts: list[str], text: str, run: Run, path: str) -> Any:
     name, rest = parts[0], parts[1:]
+    if isinstance(config, tuple):  # stages.0.steps=100
+        if not name.isdigit() or int(name) >= len(config) or not rest:
+            raise UserError(f"{path}: there are {len(config)} stages; write stages.0.FIELD=VALUE")
+        at = int(name)
+        return (*config[:at], _replace(config[at], rest, text, run, path), *config[at + 1 :])
     annotations = field_types(type(config)) if _is_group(config) else {}
     if name not in annotations:
         hint = nearest(path, [p for p, _, _ in leaves(run)])

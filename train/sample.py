@@ -20,7 +20,7 @@ from .files import write_atomic, write_error
 from .schema import Run, Sample
 
 if TYPE_CHECKING:
-    from .load import LoadedRun
+    from .loaded_text import LoadedText
 
 CHUNK = 16  # tokens decoded per trip to the host
 
@@ -29,7 +29,7 @@ def _settings(sample: Sample) -> dict[str, float]:
     return {"temperature": sample.temperature, "top_k": sample.top_k, "top_p": sample.top_p}
 
 
-def _stream(loaded: LoadedRun, length: int, **options) -> TextStream:
+def _stream(loaded: LoadedText, length: int, **options) -> TextStream:
     """Streaming functions; only quadratic attention has to know how many tokens will come."""
     if loaded.net.state_grows:
         options["max_new"] = -(-length // CHUNK) * CHUNK
@@ -75,7 +75,7 @@ class _Row:
 
 
 def stream_text(
-    loaded: LoadedRun, prompts: Sequence[str | bytes], sample: Sample, *, seed: int = 0
+    loaded: LoadedText, prompts: Sequence[str | bytes], sample: Sample, *, seed: int = 0
 ) -> Iterator[list[bytes]]:
     """Continue each prompt, a few tokens at a time, until all rows have ended.
 
@@ -106,7 +106,7 @@ def stream_text(
 
 
 def continue_text(
-    loaded: LoadedRun, prompts: Sequence[str | bytes], sample: Sample, *, seed: int = 0
+    loaded: LoadedText, prompts: Sequence[str | bytes], sample: Sample, *, seed: int = 0
 ) -> list[str]:
     """The continuations that `stream_text` yields, as text; U+FFFD for what is not UTF-8."""
     pieces = zip(*stream_text(loaded, prompts, sample, seed=seed))
@@ -114,7 +114,7 @@ def continue_text(
 
 
 def sample_text(
-    loaded: LoadedRun,
+    loaded: LoadedText,
     sample: Sample,
     *,
     seed: int = 0,
@@ -188,7 +188,7 @@ def draws_images(run: Run) -> bool:
 
 
 def sample_images(
-    loaded: LoadedRun, sample: Sample, *, seed: int = 0, out: TextIO | None = None
+    loaded: LoadedText, sample: Sample, *, seed: int = 0, out: TextIO | None = None
 ) -> list[Path]:
     """Draw `sample.rows` square RGB images and write them to samples/*.png; no special id is ever
     drawn.

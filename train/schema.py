@@ -65,9 +65,9 @@ class ImageData:
     [resize, resize_max] * size if `resize_max` is set), then cropped.
 
     Attributes:
-        path: a folder of class folders (or with train/, val/ or validation/, test/ folders of such),
-            an .npz or .npy file of uint8 images [N, H, W, 3] (labels: `labels` in the .npz, or a
-            file NAME.labels.npy beside the .npy), ArrayRecord files (a glob or folder), or
+        path: a folder of class folders (or with train/, val/ or validation/, test/ folders of
+            such), an .npz or .npy file of uint8 images [N, H, W, 3] (labels: `labels` in the .npz,
+            or a file NAME.labels.npy beside the .npy), ArrayRecord files (a glob or folder), or
             ``builtin:digits``, ``builtin:photos`` (carried by scikit-learn).
         size: side of the square.
         crop: of training images: "random" or "center"; validation always takes the centre.
@@ -124,7 +124,8 @@ class Optim:
     Attributes:
         name: "adamw", "lion" or "adafactor".
         learning_rate: peak learning rate.
-        schedule: "cosine" (to 10%), "linear" (to 10%) or "constant", after `warmup` updates from 0.
+        schedule: "cosine", "linear" or "constant", after `warmup` updates from 0.
+        final: share of the peak that is left at the end of "cosine" and "linear".
         decay_steps: updates at which the decay ends; 0 = `Run.steps`.
         weight_decay: per-update decay. Transformer-VQ's recipe does not multiply it by the learning
             rate; `decay_times_lr=True` gives the usual decoupled AdamW decay.
@@ -135,6 +136,7 @@ class Optim:
     name: str = "adamw"
     learning_rate: float = 4e-4
     schedule: str = "cosine"
+    final: float = 0.1
     warmup: int = 100
     decay_steps: int = 0
     weight_decay: float = 0.0
@@ -185,12 +187,21 @@ class Checkpoint:
 
 @dataclass
 class Eval:
-    """every: updates between validations (0 = only at the end); batches: validation batches (0 =
-    all).
+    """Validation during training, and what `lintime eval` does besides.
+
+    Attributes:
+        every: updates between validations (0 = only at the end).
+        batches: validation batches (0 = all).
+        samples: images that `lintime eval` draws (class-conditional models; 0 = none).
+        inception: file of the published Inception weights for FID, its relatives and rFID.
+        reference: statistics or images to compare with, an .npz file of the ADM evaluator.
     """
 
     every: int = 1000
     batches: int = 100
+    samples: int = 0
+    inception: str = ""
+    reference: str = ""
 
 
 @dataclass
@@ -220,7 +231,7 @@ class ImageSample:
     Attributes:
         classes: class ids, drawn in turn; () takes all classes in turn.
         count: images to draw; 0 draws one per class.
-        guidance: classifier-free guidance strength s, mixed = uncond + s (cond - uncond); 1 is none.
+        guidance: classifier-free guidance s, mixed = uncond + s (cond - uncond); 1 is none.
         schedule: of s - 1 over the tokens: "constant", "linear" or "cosine" (from 0 up to s - 1).
         rows: images drawn at a time.
         columns: of the grid; 0 makes it about square.

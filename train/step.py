@@ -11,10 +11,10 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from .optimizers import make_optimizer, make_schedule
+from .optimizers import make_schedule
 from .schema import Run
 from .state import TrainState
-from .tasks import Task
+from .task import Task
 
 
 def init_state(task: Task, run: Run, key: jax.Array) -> TrainState:
@@ -24,7 +24,7 @@ def init_state(task: Task, run: Run, key: jax.Array) -> TrainState:
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
-        opt=make_optimizer(run.optim, run.steps).init(params),
+        opt=task.optimizer().init(params),
         ema=jax.tree.map(jnp.copy, params) if run.ema.decay > 0 else {},
         stats=variables["stats"],
         carry=task.init_carry(run.batch_size),
@@ -38,7 +38,7 @@ def make_train_step(task: Task, run: Run) -> Callable:
     finite leaves the whole state as it was, so that every later call (whose batch number no longer
     matches) does nothing either until the host notices `metrics["ok"]`.
     """
-    optimizer = make_optimizer(run.optim, run.steps)
+    optimizer = task.optimizer()
     schedule = make_schedule(run.optim, run.steps)
     parts = run.optim.accumulate
 

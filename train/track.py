@@ -163,7 +163,7 @@ class Tracker:
 
     def _figures(self, metrics: Mapping[str, Any]) -> str:
         parts = []
-        for key in ("loss", self.task_metric):
+        for key in dict.fromkeys(("loss", self.task_metric)):
             if metrics.get(key) is not None:
                 parts.append(f"{key.replace('_', ' ')} {float(metrics[key]):.4g}")
         for key, value in metrics.items():

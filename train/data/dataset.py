@@ -103,6 +103,11 @@ class LMDataset:
         self.num_sequences, self.num_tokens = batches.count, len(batches.stream)
         self.num_documents, self.num_bytes = len(documents.lengths), int(documents.lengths.sum())
 
+    @property
+    def description(self) -> str:
+        """Size of the split, for people."""
+        return f"{self.num_bytes / 1e6:.2f} MB of data"
+
     def batch(self, step: int, rows) -> dict[str, np.ndarray]:
         """The given global rows of batch `step`: a pure function of (data, seed, step, row).
 

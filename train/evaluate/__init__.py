@@ -8,21 +8,20 @@ from collections.abc import Callable
 
 import jax
 
-from ..data import LMDataset
 from ..mesh import local_rows, put_batch
 from ..state import TrainState
 
 
-def make_evaluator(task, data: LMDataset, mesh, batch_size: int, batches: int = 0) -> Callable:
+def make_evaluator(task, data, mesh, batch_size: int, batches: int = 0) -> Callable:
     """evaluate(state) -> metrics of the averaged weights (or the weights, if no average is kept).
 
     Args:
-        task: with `evaluate` (sums over a batch) and `report` (sums to metrics).
+        task: with `evaluate` (sums over a batch) and `validation` (sums to metrics).
         data: validation split; every sequence starts from an empty state.
         batches: how many batches to use; 0 = all.
 
     Returns:
-        A function giving {"loss": nats per token, task metric, "tokens"} as Python floats.
+        A function giving {"loss", the task's metrics} as Python floats.
     """
     rows = local_rows(mesh, batch_size)
     count = min(batches or data.num_batches, data.num_batches)
@@ -34,9 +33,7 @@ def make_evaluator(task, data: LMDataset, mesh, batch_size: int, batches: int = 
             for number, batch in enumerate(data.iterate(0, rows, count)):
                 out = jitted(params, state.stats, put_batch(batch, number, mesh, batch_size))
                 sums = out if sums is None else jax.tree.map(lambda a, b: a + b, sums, out)
-            report = task.report(sums)
-        nats = sums["nll"].item() / max(sums["tokens"].item(), 1.0)
-        figures = {name: value.item() for name, value in report.items()}
-        return {"loss": nats, **figures, "tokens": sums["tokens"].item()}
+            report = task.validation(sums)
+        return {name: value.item() for name, value in report.items()}
 
     return evaluate

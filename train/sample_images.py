@@ -1,0 +1,85 @@
+"""`lintime sample` for image models: grids and single files."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TextIO
+
+import jax.numpy as jnp
+import numpy as np
+import tqdm
+
+from .data.open import open_split
+from .loaded_images import LoadedImages, to_uint8
+from .pictures import image_grid, save_each, save_png
+from .schema import ImageSample
+from .tokenizer import LoadedTokenizer
+
+
+def classes_of(sample: ImageSample, num_classes: int) -> list[int]:
+    """The class of each image to draw: `sample.classes` (or all) in turn."""
+    classes = sample.classes or tuple(range(num_classes))
+    return [classes[i % len(classes)] for i in range(sample.count or len(classes))]
+
+
+def sample_classes(
+    loaded: LoadedImages, sample: ImageSample, *, seed: int = 0, out: TextIO | None = None
+) -> list[Path]:
+    """Draw images by class and write samples/*.png: a grid, and single files if asked for.
+
+    Args:
+        loaded: the run. sample: what to draw. seed: of the draws. out: where paths are printed.
+
+    Returns:
+        Paths of the files, the grid first.
+    """
+    out = sys.stdout if out is None else out
+    classes = classes_of(sample, loaded.config.net.num_classes)
+    settings = {
+        name: getattr(sample, name)
+        for name in ("guidance", "schedule", "temperature", "top_k", "top_p", "rows")
+    }
+    pieces = []
+    bar = tqdm.tqdm(
+        total=len(classes), unit="images", desc="sampling", disable=not out.isatty(), file=out
+    )
+    with bar:
+        for piece in loaded.stream(classes, seed=seed, **settings):
+            pieces.append(piece)
+            bar.update(len(piece))
+    images = np.concatenate(pieces)
+    folder = Path(loaded.path or ".") / "samples"
+    stem = f"step{loaded.step:08d}-seed{seed}"
+    paths = [save_png(image_grid(images, sample.columns), folder / f"{stem}.png")]
+    if sample.files:
+        names = [f"{stem}-{i:05d}-class{c}" for i, c in enumerate(classes)]
+        paths += save_each(images, folder, names)
+    out.write(f"{len(images)} images: {paths[0]}\n")
+    if sample.files:
+        out.write(f"one by one: {folder}/{stem}-*.png\n")
+    out.flush()
+    return paths
+
+
+def sample_reconstructions(
+    loaded: LoadedTokenizer, sample: ImageSample, *, seed: int = 0, out: TextIO | None = None
+) -> list[Path]:
+    """Write validation images above their reconstructions as one grid."""
+    del seed  # nothing is drawn
+    out = sys.stdout if out is None else out
+    data = open_split(loaded.config, "validation", loaded.path or ".")
+    batch = data.batch(0, np.arange(min(sample.count or 16, loaded.config.batch_size)))
+    images = batch["images"][batch["valid"]]
+    again = loaded.decode(loaded.encode(jnp.asarray(images)))
+    columns = min(sample.columns or 8, len(images))
+    rows = []
+    for at in range(0, len(images), columns):
+        for part in (images, again):
+            part = to_uint8(part[at : at + columns])
+            missing = columns - len(part)
+            rows.append(np.pad(part, ((0, missing), (0, 0), (0, 0), (0, 0)), constant_values=255))
+    path = Path(loaded.path or ".") / "samples" / f"step{loaded.step:08d}-reconstructions.png"
+    save_png(image_grid(np.concatenate(rows), columns), path)
+    out.write(f"images and their reconstructions below them: {path}\n")
+    return [path]

@@ -1,0 +1,104 @@
+"""What a training step, the loop and the evaluation need to know of a system."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+
+from .optimizers import make_optimizer
+from .schema import Run
+
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """Binds net, process and data kind of a run; a system derives its own from this.
+
+    The functions of arrays (`init`, `loss`, `absorb`, `report`, `evaluate`) are pure.
+
+    Attributes:
+        run: the config.
+        metric: name of the system's own metric, shown beside the loss.
+        unit: what speed is counted in: "tokens" or "images".
+    """
+
+    run: Run
+
+    metric = "loss"
+    unit = "images"
+
+    @property
+    def net(self):
+        """The Flax module that `init` makes variables for."""
+        raise NotImplementedError
+
+    @property
+    def dtype(self):
+        """Of activations and matmuls."""
+        return DTYPES[self.run.precision.compute]
+
+    @property
+    def units_per_update(self) -> int:
+        """Tokens or images of one update over all processes."""
+        return self.run.batch_size
+
+    def optimizer(self) -> optax.GradientTransformation:
+        """Updates of the parameters from their gradients."""
+        return make_optimizer(self.run.optim, self.run.steps)
+
+    def init(self, key: Array) -> dict[str, Any]:
+        """{"params", "stats"} of a new model."""
+        raise NotImplementedError
+
+    def init_carry(self, batch_size: int) -> Any:
+        """Recurrent state between updates, batch on axis 1 of every leaf; {} if there is none."""
+        return {}
+
+    def abstract_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shapes of a training batch, without its "step"."""
+        raise NotImplementedError
+
+    def loss(self, params, stats, carry, batch, key) -> tuple[Array, Array, Any, Any, dict]:
+        """loss_sum, weight, stats_delta, carry, metrics of some rows of the batch.
+
+        Sums, not means, so that micro-batches and devices add up exactly. `metrics` is
+        {"sum": {...}, "mean": {...}}: sums add over micro-batches, means are averaged.
+        """
+        raise NotImplementedError
+
+    def absorb(self, stats, delta) -> Any:
+        """New `stats` after an update; `delta` is the sum over the whole update."""
+        return stats
+
+    def report(self, sums: dict[str, Array]) -> dict[str, Array]:
+        """Metrics per token, image, .. from the summed ones."""
+        return {}
+
+    def evaluate(self, params, stats, batch) -> dict[str, Array]:
+        """Sums over one validation batch, rows that are not valid left out; no dropout."""
+        raise NotImplementedError
+
+    def validation(self, sums: dict[str, Array]) -> dict[str, Array]:
+        """{"loss", ...} from the sums of `evaluate` over all batches."""
+        raise NotImplementedError
+
+    def check_data(self, data) -> None:
+        """Whether the net fits the data that was opened.
+
+        Raises:
+            UserError: it does not, with what to set.
+        """
+
+    def yardstick(self, data, batches: int) -> dict[str, float]:
+        """Figures of a simple method on the validation data, for comparison; {} if there is none.
+
+        Args:
+            data: the validation split. batches: how many of its batches count; 0 = all.
+        """
+        return {}
