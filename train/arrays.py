@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import io
 import json
@@ -52,8 +53,9 @@ def read_arrays(source: str | Path) -> dict[str, np.ndarray]:
             "checkpoint: give .safetensors, .npz, PyTorch .bin, flax checkpoint_<step> or Orbax "
             "state_<step>"
         ) from error
-    while isinstance(tree, Mapping) and isinstance(tree.get("params"), Mapping):
-        tree = tree["params"]  # of a TrainState, or of the variables of a module
+    inner = ("params", "model", "state_dict")  # of a TrainState, variables, a trainer's checkpoint
+    while isinstance(tree, Mapping) and any(isinstance(tree.get(k), Mapping) for k in inner):
+        tree = next(tree[k] for k in inner if isinstance(tree.get(k), Mapping))
     if not isinstance(tree, Mapping):
         raise UserError(f"{source} holds no parameters (it is a {type(tree).__name__})")
     flat = flatten(tree)
@@ -116,7 +118,8 @@ def _read_file(path: Path) -> Any:
             is_tensor = isinstance(value, torch.Tensor)
             return value.detach().float().numpy() if is_tensor else value
 
-        return as_numpy(torch.load(path, weights_only=True, map_location="cpu"))
+        with torch.serialization.safe_globals([argparse.Namespace]):  # trainers' settings
+            return as_numpy(torch.load(path, weights_only=True, map_location="cpu"))
     from flax import serialization
 
     return serialization.msgpack_restore(path.read_bytes())
@@ -192,7 +195,7 @@ def read_hyperparameters(path: str | Path) -> tuple[Run | None, dict | None]:
 
 def load_weights(run: Run, run_dir: str | Path) -> dict[str, Any]:
     """{"params", "stats"} of a run as numpy arrays: the newest, averaged where it keeps those."""
-    abstract = jax.eval_shape(make_task(run).init, jax.random.key(0))
+    abstract = make_task(run).abstract()
     return jax.tree.map(np.asarray, restore_inference(run_dir, abstract))
 
 
@@ -202,7 +205,7 @@ def check_weights(run: Run, variables: dict[str, Any], source: str | Path) -> No
     Raises:
         UserError: names those that are missing, unknown or of another shape.
     """
-    wanted = jax.eval_shape(make_task(run).init, jax.random.key(0))
+    wanted = make_task(run).abstract()
     shapes = {name: tuple(a.shape) for name, a in flatten(wanted).items()}
     try:
         check_shapes(flatten({"stats": {}} | variables), shapes)

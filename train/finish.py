@@ -12,21 +12,22 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from ..model.partition import parameter_shardings
 from .config_files import read_config
-from .data import gzip_bits_per_byte, open_data, raw_validation_bytes
+from .data.open import open_split
 from .errors import UserError
 from .evaluate import make_evaluator
 from .launch import program
 from .loop import Result
 from .mesh import check_batch, make_mesh
 from .override import apply_overrides, diff
-from .schema import Run
+from .schema import CodeData, Data, Run, Sample
+from .stages import codes_dir, resolve
 from .state import TrainState
 from .tasks import make_task
 from .validate import validate
 
 # Groups of fields that each command reads; a run's other settings are those it was trained with.
 EVAL_FIELDS = ("data", "eval", "mesh", "precision", "batch_size")
-SAMPLE_FIELDS = ("sample", "data.vocab")
+SAMPLE_FIELDS = ("sample", "data.vocab", "data.tokenizer")
 
 
 def finish(run: Run, result: Result, words: Sequence[str]) -> None:
@@ -41,38 +42,63 @@ def finish(run: Run, result: Result, words: Sequence[str]) -> None:
     command = shlex.join(words)
     run_dir = result.run_dir
     if result.stopped:
-        print(f"\nstopped at step {result.step} of {run.steps}; to continue, run the same command:")
+        where = f" of {result.where}" if result.where else f" of {run.steps}"
+        print(f"\nstopped at step {result.step}{where}; to continue, run the same command:")
         print(f"  {command}")
         return
-    metrics = result.metrics
+    from .load import load
+
     print(f"\nvalidation after {result.step} updates:")
-    if "bits_per_byte" in metrics:
-        data = open_data(
-            run.data, split="validation", seed=0, batch_size=run.batch_size, cache=run_dir / "cache"
-        )
-        gzip = gzip_bits_per_byte(raw_validation_bytes(data, run.eval.batches or None))
-        print(f"  this model  {metrics['bits_per_byte']:.3f} bits per byte")
+    figures = dict(result.metrics)
+    gzip = figures.pop("gzip_bits_per_byte", None)
+    if gzip is not None:
+        print(f"  this model  {figures['bits_per_byte']:.3f} bits per byte")
         print(f"  gzip -9     {gzip:.3f} bits per byte on the same bytes")
     else:
-        print("  " + ", ".join(f"{k} {v:.4g}" for k, v in metrics.items()))
+        print("  " + ", ".join(f"{k} {v:.4g}" for k, v in figures.items()))
 
-    from .load import load
-    from .sample import sample_text
-
-    print(f"\nsample, prompt {run.sample.prompt!r}:\n" + "-" * 72)
-    sample_text(load(run_dir), run.sample, seed=run.seed)
-    print("-" * 72)
+    text = isinstance(run.sample, Sample)
+    loaded = load(run_dir)
+    if text:
+        print(f"\nsample, prompt {run.sample.prompt!r}:\n" + "-" * 72)
+    else:
+        print("\nsample:")
+    draw(loaded, run.sample, run.seed)
+    if text:
+        print("-" * 72)
     print(f"loss curve  {run_dir}/plots/loss.png\nmetrics     {run_dir}/metrics.jsonl")
-    mine = [*_with(_without_run(words), "data.path=my.txt"), "--run", "runs/mine"]
     here, lintime = shlex.quote(str(run_dir)), " ".join(program())
-    print(
-        "\nnext:\n"
-        f"  train longer     {shlex.join(_with(words, f'steps={2 * run.steps}'))}\n"
-        f"  sample           {lintime} sample --run {here} --prompt 'Once upon a time'\n"
-        f"  evaluate         {lintime} eval --run {here} --split test\n"
-        f"  your own text    {shlex.join(mine)}\n"
-        f"  resume           {command}   (after an interruption: the same command)"
-    )
+    lines = [f"  train longer     {shlex.join(_with(words, f'steps={2 * run.steps}'))}"]
+    if text:
+        mine = [*_with(_without_run(words), "data.path=my.txt"), "--run", "runs/mine"]
+        lines += [
+            f"  sample           {lintime} sample --run {here} --prompt 'Once upon a time'",
+            f"  evaluate         {lintime} eval --run {here} --split test",
+            f"  your own text    {shlex.join(mine)}",
+        ]
+    else:
+        field = "data.images.path" if isinstance(run.data, CodeData) else "data.path"
+        mine = [*_with(_without_run(words), f"{field}=FOLDER_OF_CLASS_FOLDERS")]
+        lines += [
+            f"  sample           {lintime} sample --run {here} --seed 1",
+            f"  evaluate         {lintime} eval --run {here}",
+            f"  your own images  {shlex.join([*mine, '--run', 'runs/mine'])}",
+        ]
+    lines.append(f"  resume           {command}   (after an interruption: the same command)")
+    print("\nnext:\n" + "\n".join(lines))
+
+
+def draw(loaded, sample, seed: int) -> list:
+    """Draw from a loaded run as its kind asks for: text, images by class, or reconstructions."""
+    if isinstance(sample, Sample):
+        from .sample import sample_text
+
+        return sample_text(loaded, sample, seed=seed)
+    from .sample_images import sample_classes, sample_reconstructions
+    from .tokenizer import LoadedTokenizer
+
+    kind = sample_reconstructions if isinstance(loaded, LoadedTokenizer) else sample_classes
+    return kind(loaded, sample, seed=seed)
 
 
 def _with(words: Sequence[str], override: str) -> list[str]:
@@ -98,40 +124,35 @@ def evaluate_run(run_dir: str, overrides: list[str], split: str, step: int | Non
     path = Path(run_dir)
     run = _changed(path, overrides, "eval", EVAL_FIELDS)
     loaded = _load(path, run, step)
-    data = open_data(run.data, split=split, seed=0, batch_size=run.batch_size, cache=path / "cache")
-    if data.vocab.size != run.net.vocab_size:
-        raise UserError(
-            f"this data's vocabulary has {data.vocab.size} ids, the net {run.net.vocab_size}; "
-            "name the vocabulary it was trained with: data.vocab=FILE"
-        )
+    codes = codes_dir(run, path) if isinstance(run.data, CodeData) else None
+    data = open_split(run, split, path, codes)
+    task = make_task(run)
+    task.check_data(data)
     mesh = make_mesh(run.mesh)
     check_batch(run, mesh)
-    evaluate = make_evaluator(make_task(run), data, mesh, run.batch_size, run.eval.batches)
+    evaluate = make_evaluator(task, data, mesh, run.batch_size, run.eval.batches)
     params = jax.device_put(loaded.params, parameter_shardings(loaded.params, mesh))
     stats = jax.device_put(loaded.stats, NamedSharding(mesh, PartitionSpec()))
     state = TrainState(None, params, {}, {}, stats, {})
     result = evaluate(state)
     width = min(shutil.get_terminal_size().columns, 100)
-    print(f"{path} on {split} of {run.data.path}"[:width])
+    print(f"{path} on {split} of {codes or run.data.path}"[:width])
     for name, value in result.items():
         print(f"  {name:16} {value:.6g}")
-    if run.data.vocab == "bytes":
-        raw = raw_validation_bytes(data, run.eval.batches or None)
-        print(f"  {'gzip -9':16} {gzip_bits_per_byte(raw):.6g} bits per byte on the same bytes")
+    for value in task.yardstick(data, run.eval.batches).values():
+        print(f"  {'gzip -9':16} {value:.6g} bits per byte on the same bytes")
     return result
 
 
-def sample_run(run_dir: str, overrides: list[str], seed: int, step: int | None) -> list[str]:
-    """`lintime sample`: continue a prompt with a saved run, streaming to standard output.
+def sample_run(run_dir: str, overrides: list[str], seed: int, step: int | None) -> list:
+    """`lintime sample`: text continued on standard output, or images written to samples/.
 
     Args:
-        overrides: fields of `sample`, or data.vocab where that file has moved.
+        overrides: fields of `sample`, or where the vocabulary or tokenizer has moved.
         step: checkpoint; None = the newest.
     """
-    from .sample import sample_text
-
     run = _changed(Path(run_dir), overrides, "sample", SAMPLE_FIELDS)
-    return sample_text(_load(run_dir, run, step), run.sample, seed=seed)
+    return draw(_load(run_dir, run, step), run.sample, seed)
 
 
 def _changed(run_dir: Path, overrides: list[str], command: str, allowed: tuple[str, ...]) -> Run:
@@ -148,9 +169,13 @@ def _changed(run_dir: Path, overrides: list[str], command: str, allowed: tuple[s
 
 
 def _load(run_dir: str | Path, run: Run, step: int | None):
-    """The weights, with the vocabulary that `run` names checked against the one trained with."""
+    """The weights, with what `run` names besides checked against what it was trained with."""
     from .load import load
 
-    loaded = load(run_dir, step=step, vocab=run.data.vocab)
-    _ = loaded.vocab  # raises UserError if it is another one
-    return loaded
+    if isinstance(run.data, Data):
+        loaded = load(run_dir, step=step, vocab=run.data.vocab)
+        _ = loaded.vocab  # raises UserError if it is another one
+        return loaded
+    if isinstance(run.data, CodeData):
+        return load(run_dir, step=step, tokenizer=resolve(run.data.tokenizer, run_dir))
+    return load(run_dir, step=step)

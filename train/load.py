@@ -11,18 +11,27 @@ from pathlib import Path
 import jax
 from jax.sharding import SingleDeviceSharding
 
+from ..model.nets.aim import AiMConfig
 from ..model.nets.mamba_lm import MambaConfig
 from ..model.nets.transformer_vq import TransformerVQConfig
+from ..model.nets.vq_tokenizer import VQTokenizerConfig
 from .checkpoint import Checkpoints, restore_inference
 from .config_files import read_config
 from .errors import UserError
 from .loaded import LoadedRun
+from .loaded_images import LoadedImages
 from .loaded_text import LoadedText
 from .schema import Run
 from .tasks import make_task
+from .tokenizer import LoadedTokenizer
 
 # What a loaded run can do, by the kind of its net.
-LOADED = {TransformerVQConfig: LoadedText, MambaConfig: LoadedText}
+LOADED = {
+    TransformerVQConfig: LoadedText,
+    MambaConfig: LoadedText,
+    AiMConfig: LoadedImages,
+    VQTokenizerConfig: LoadedTokenizer,
+}
 
 
 def load(
@@ -81,8 +90,7 @@ def _restore(config: Run, path: Path, step: int | None, ema: bool) -> tuple[dict
     task = make_task(config)
     device = SingleDeviceSharding(jax.local_devices()[0])
     abstract = jax.tree.map(
-        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=device),
-        jax.eval_shape(task.init, jax.random.key(0)),
+        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=device), task.abstract()
     )
     return restore_inference(path, abstract, ema=ema, step=step), step, fingerprint
 

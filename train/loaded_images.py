@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -71,12 +70,6 @@ class LoadedImages(LoadedRun):
             raise UserError(f"net.num_tokens={tokens} is not a square; decode the codes yourself")
         return side, side
 
-    @functools.cached_property
-    def decoding_variables(self) -> dict[str, Any]:
-        """`variables` with matrices in the net's dtype: less to read per token."""
-        cast = jax.jit(lambda v: self.net.cast_weights(v))
-        return cast({"params": self.params})
-
     def sampler(self, **options) -> Callable:
         """A jitted sampler(variables, keys, labels, *, guidance, temperature, top_k, top_p) that
         gives codes [B, T]; see `lintime.model.sampling.make_class_sampler`."""
@@ -114,10 +107,9 @@ class LoadedImages(LoadedRun):
             raise UserError(
                 f"class {wrong[0]} is out of range; this model has classes 0..{net.num_classes - 1}"
             )
-        guided = s.guidance != 1.0
-        draw, decode = self.sampler(guided=guided), self.tokenizer.decode
+        draw, decode = self.sampler(), self.tokenizer.decode
         options = dict(temperature=s.temperature, top_k=s.top_k, top_p=s.top_p)
-        if guided:
+        if s.guidance != 1.0:
             options["guidance"] = guidance_schedule(s.schedule, s.guidance, net.num_tokens)
         rows = min(s.rows, len(classes))
         for at in range(0, len(classes), rows):
@@ -125,6 +117,6 @@ class LoadedImages(LoadedRun):
             filled = part + [part[-1]] * (rows - len(part))  # one shape, compiled once
             keys = row_keys(jax.random.key(seed), rows, start + at)
             labels = jnp.asarray(filled, jnp.int32)
-            codes = draw(self.decoding_variables, keys, labels, **options)
+            codes = draw(self.variables, keys, labels, **options)
             images = decode(codes.reshape(rows, *self.grid))
             yield to_uint8(images)[: len(part)]

@@ -158,7 +158,8 @@ def train(
             val_loss = last_val["loss"]
             line = {f"val_{k}": v for k, v in last_val.items()}
             if final and primary:
-                line |= task.yardstick(val_data, run.eval.batches)
+                extra = task.yardstick(val_data, run.eval.batches)
+                last_val, line = last_val | extra, line | extra
             if step > start:  # a finished run that is called again has this line already
                 tracker.log(step, line)
         if final or _due(step, run.checkpoint.every):

@@ -13,7 +13,9 @@ from PIL import Image
 from .files import write_atomic
 
 
-def image_grid(images: np.ndarray, columns: int = 0, *, gap: int = 2, enlarge: int = 0) -> np.ndarray:
+def image_grid(
+    images: np.ndarray, columns: int = 0, *, gap: int = 2, enlarge: int = 0
+) -> np.ndarray:
     """Images side by side on white.
 
     Args:

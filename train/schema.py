@@ -11,8 +11,11 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from ..model.nets.aim import AiMConfig
 from ..model.nets.mamba_lm import MambaConfig
 from ..model.nets.transformer_vq import TransformerVQConfig
+from ..model.nets.vq_tokenizer import VQTokenizerConfig
+from ..model.processes.adversarial import AdversarialReconstruction
 from ..model.processes.autoregressive import Autoregressive
 
 dataclass = dataclasses.dataclass(frozen=True, kw_only=True)
@@ -282,7 +285,15 @@ class Run:
 
 
 # Kinds of part a Run can hold; `lintime` reads saved configs back through these names.
-NETS = {"transformer_vq": TransformerVQConfig, "mamba": MambaConfig}
-PROCESSES = {"autoregressive": Autoregressive}
+NETS = {
+    "transformer_vq": TransformerVQConfig,
+    "mamba": MambaConfig,
+    "aim": AiMConfig,
+    "vq_tokenizer": VQTokenizerConfig,
+}
+PROCESSES = {
+    "autoregressive": Autoregressive,
+    "adversarial_reconstruction": AdversarialReconstruction,
+}
 DATA = {"text": Data, "images": ImageData, "codes": CodeData}
 SAMPLES = {"text": Sample, "images": ImageSample}

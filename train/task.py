@@ -56,6 +56,10 @@ class Task:
         """{"params", "stats"} of a new model."""
         raise NotImplementedError
 
+    def abstract(self) -> dict[str, Any]:
+        """{"params", "stats"} as far as inference needs them, as ShapeDtypeStructs."""
+        return jax.eval_shape(self.init, jax.random.key(0))
+
     def init_carry(self, batch_size: int) -> Any:
         """Recurrent state between updates, batch on axis 1 of every leaf; {} if there is none."""
         return {}

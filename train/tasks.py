@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from ..model.nets.aim import AiMConfig
 from ..model.nets.mamba_lm import MambaConfig
 from ..model.nets.transformer_vq import TransformerVQConfig
+from ..model.nets.vq_tokenizer import VQTokenizerConfig
 from .schema import Run
 from .task import Task
+from .task_codes import ClassCodesTask
 from .task_text import LanguageModelTask
+from .task_tokenizer import TokenizerTask
 
 TASKS: dict[type, type[Task]] = {
     TransformerVQConfig: LanguageModelTask,
     MambaConfig: LanguageModelTask,
+    AiMConfig: ClassCodesTask,
+    VQTokenizerConfig: TokenizerTask,
 }
 
 

@@ -68,7 +68,9 @@ class LoadedTokenizer(LoadedRun):
 
     @functools.cached_property
     def _decode(self):
-        return jax.jit(lambda params, codes: self.net.apply({"params": params}, codes, method="decode"))
+        return jax.jit(
+            lambda params, codes: self.net.apply({"params": params}, codes, method="decode")
+        )
 
     def _params_for(self, arrays):
         """The weights on every device that holds a part of `arrays`."""

@@ -4,16 +4,27 @@ from __future__ import annotations
 
 import math
 
-from ..model.nets.mamba_lm import MambaConfig, make_mixer
+from ..model.nets import aim, mamba_lm
+from ..model.nets.aim import AiMConfig
+from ..model.nets.mamba_lm import MambaConfig
 from ..model.nets.transformer_vq import TransformerVQConfig
+from ..model.nets.vq_tokenizer import VQTokenizerConfig
+from ..model.processes.adversarial import AdversarialReconstruction
 from ..model.processes.autoregressive import Autoregressive
 from .config_files import KINDS, unknown_kind
 from .errors import UserError
 from .override import leaves, matches, nearest, type_name
-from .schema import Data, Run, Sample
+from .schema import CodeData, Data, ImageData, ImageSample, Run, Sample
+from .task_tokenizer import check_perceptual
 
 _TEXT = {"data": Data, "process": Autoregressive, "sample": Sample}
-GOES_WITH = {TransformerVQConfig: _TEXT, MambaConfig: _TEXT}
+_IMAGES = {"sample": ImageSample}
+GOES_WITH = {
+    TransformerVQConfig: _TEXT,
+    MambaConfig: _TEXT,
+    AiMConfig: _IMAGES | {"data": CodeData, "process": Autoregressive},
+    VQTokenizerConfig: _IMAGES | {"data": ImageData, "process": AdversarialReconstruction},
+}
 
 _CHOICES = {
     "data.format": ("auto", "text", "enwik8", "pg19", "images"),
@@ -26,7 +37,16 @@ _CHOICES = {
     "net.attention": ("vq", "dense", "flash"),
     "net.reduction": ("serial", "associative", "matmul"),
     "net.scale_on": ("logits", "features"),
-    "net.mixer": ("mamba2", "mamba1"),
+    "net.mixer": ("mamba2", "mamba1", "attention"),
+    "net.conditioning": ("adaln", "adaln_single", "adaln_group"),
+    "process.reconstruction_loss": ("l2", "l1"),
+    "process.disc_loss": ("hinge", "vanilla"),
+    "process.gen_loss": ("hinge", "non_saturating"),
+    "data.views": ("center", "flip", "ten"),
+    "data.crop": ("random", "center"),
+    "data.filter": ("lanczos", "bicubic", "nearest"),
+    "data.images.filter": ("lanczos", "bicubic", "nearest"),
+    "sample.schedule": ("constant", "linear", "cosine"),
 }
 
 # (what is allowed, its test, the fields)
@@ -36,7 +56,10 @@ _RANGES = (
         lambda v: v >= 1,
         "steps batch_size data.sequence_len optim.accumulate checkpoint.keep log.every "
         "sample.length sample.rows net.vocab_size net.d_model net.n_layer net.n_head net.d_k "
-        "net.n_code net.block_len net.d_conv net.expand net.headdim net.ngroups net.chunk",
+        "net.n_code net.block_len net.d_conv net.expand net.headdim net.ngroups net.chunk "
+        "net.num_classes net.num_tokens net.num_groups net.ch net.num_res_blocks net.z_channels "
+        "net.codebook_size net.codebook_dim data.size data.images.size process.disc_features "
+        "process.disc_layers",
     ),
     (
         ">= 0",
@@ -45,15 +68,22 @@ _RANGES = (
         "optim.decay_steps optim.weight_decay optim.eps optim.clip checkpoint.every "
         "checkpoint.keep_best eval.every eval.batches sample.temperature sample.top_k net.d_v "
         "net.mem_len net.commit_weight net.revive_below net.d_state net.dt_rank net.d_ssm "
-        "net.d_intermediate net.norm_epsilon",
+        "net.d_intermediate net.norm_epsilon net.position_offset process.reconstruction_weight "
+        "process.perceptual_weight process.disc_weight process.disc_start process.codebook_weight "
+        "process.commitment_weight process.entropy_weight sample.count sample.columns "
+        "eval.samples data.resize_max data.images.workers",
     ),
     (
         "in [0, 1)",
         lambda v: 0 <= v < 1,
         "ema.decay optim.b1 optim.b2 data.validation_fraction net.codebook_decay "
-        "net.dropout_emb net.dropout_sin net.dropout_res net.dropout_layer",
+        "net.dropout_emb net.dropout_sin net.dropout_res net.dropout_layer net.dropout "
+        "net.class_dropout net.token_drop net.mixer_drop net.mlp_drop "
+        "data.images.validation_fraction",
     ),
     ("in (0, 1]", lambda v: 0 < v <= 1, "sample.top_p"),
+    ("in [0, 1]", lambda v: 0 <= v <= 1, "optim.final"),
+    (">= 1", lambda v: v >= 1, "data.resize data.images.resize"),
     ("> 1", lambda v: v > 1, "net.pe_lam"),
     (
         ">= 1, or -1 for all devices left",
@@ -111,14 +141,19 @@ def _check_relations(run: Run) -> None:
             _divides("net.d_model", net.d_model, "net.d_k", net.d_k)
         elif not net.d_v:
             _divides("2 * net.d_model", 2 * net.d_model, "net.n_head", net.n_head)
-    if isinstance(net, MambaConfig):
+    if isinstance(net, MambaConfig | AiMConfig):
         if net.dt_limit and (len(net.dt_limit) != 2 or net.dt_limit[0] > net.dt_limit[1]):
             raise UserError(f"net.dt_limit={net.dt_limit}: give (lowest, highest) or ()")
-        if net.mixer == "mamba2":
-            try:
-                make_mixer(net, parent=None).sizes()
-            except ValueError as error:
-                raise UserError(f"net: {error}") from error
+        try:
+            mixer = (aim if isinstance(net, AiMConfig) else mamba_lm).make_mixer(net, parent=None)
+            if net.mixer == "mamba2":
+                mixer.sizes()
+        except ValueError as error:
+            raise UserError(f"net: {error}") from error
+    if isinstance(net, VQTokenizerConfig):
+        check_perceptual(run)
+    if isinstance(run.data, CodeData):
+        _check_codes(run)
 
 
 def _check_kinds(run: Run) -> None:
@@ -131,6 +166,19 @@ def _check_kinds(run: Run) -> None:
                 f"a run of {type(run.net).__name__} needs {part}={kind.__name__}(...), it has "
                 f"{have.__name__}; change the config file"
             )
+
+
+def _check_codes(run: Run) -> None:
+    data = run.data
+    if not data.resizes or min(data.resizes) < 1:
+        raise UserError(
+            f"data.resizes={data.resizes}: give factors of at least 1, such as 1.1,1.05"
+        )
+    if not data.path and not data.tokenizer:
+        raise UserError(
+            "neither data.path (a folder of `lintime prepare codes`) nor data.tokenizer is set; "
+            "nothing says what to train on"
+        )
 
 
 def _check_text(run: Run) -> None:

@@ -19,25 +19,25 @@ from ..nets.mamba_lm import MambaConfig
 from .names import array_module, below, flatten, nest, shape_of
 
 # Our parameter of a mixer or layer -> (theirs, how it is laid out).
-_LINEAR, _CONV, _PLAIN = "linear", "conv", "plain"
+LINEAR, CONV, PLAIN, TABLE = "linear", "conv", "plain", "table"
 MIXER = {
-    "in_proj/kernel": ("in_proj.weight", _LINEAR),
-    "in_proj/bias": ("in_proj.bias", _PLAIN),
-    "conv1d/kernel": ("conv1d.weight", _CONV),
-    "conv1d/bias": ("conv1d.bias", _PLAIN),
-    "x_proj/kernel": ("x_proj.weight", _LINEAR),
-    "dt_proj/kernel": ("dt_proj.weight", _LINEAR),
-    "A_log": ("A_log", _PLAIN),
-    "D": ("D", _PLAIN),
-    "norm/g": ("norm.weight", _PLAIN),
-    "out_proj/kernel": ("out_proj.weight", _LINEAR),
-    "out_proj/bias": ("out_proj.bias", _PLAIN),
+    "in_proj/kernel": ("in_proj.weight", LINEAR),
+    "in_proj/bias": ("in_proj.bias", PLAIN),
+    "conv1d/kernel": ("conv1d.weight", CONV),
+    "conv1d/bias": ("conv1d.bias", PLAIN),
+    "x_proj/kernel": ("x_proj.weight", LINEAR),
+    "dt_proj/kernel": ("dt_proj.weight", LINEAR),
+    "A_log": ("A_log", PLAIN),
+    "D": ("D", PLAIN),
+    "norm/g": ("norm.weight", PLAIN),
+    "out_proj/kernel": ("out_proj.weight", LINEAR),
+    "out_proj/bias": ("out_proj.bias", PLAIN),
 }
 LAYER = {
-    "norm/g": ("norm.weight", _PLAIN),
-    "norm2/g": ("norm2.weight", _PLAIN),
-    "mlp/fc1/kernel": ("mlp.fc1.weight", _LINEAR),
-    "mlp/fc2/kernel": ("mlp.fc2.weight", _LINEAR),
+    "norm/g": ("norm.weight", PLAIN),
+    "norm2/g": ("norm2.weight", PLAIN),
+    "mlp/fc1/kernel": ("mlp.fc1.weight", LINEAR),
+    "mlp/fc2/kernel": ("mlp.fc2.weight", LINEAR),
 }
 # Keyword arguments of their mixers (`ssm_cfg`) -> our fields.
 SSM_FIELDS = {
@@ -57,25 +57,29 @@ SSM_IGNORED = {
 
 def _bias_name(kind: str) -> tuple[str, str]:
     """The dt bias has a place of its own in each mixer."""
-    return ("dt_proj.bias" if kind == "mamba1" else "dt_bias", _PLAIN)
+    return ("dt_proj.bias" if kind == "mamba1" else "dt_bias", PLAIN)
 
 
-def _ours(name: str, a: np.ndarray, layout: str) -> np.ndarray:
+def from_theirs(name: str, a: np.ndarray, layout: str) -> np.ndarray:
     """Their array as we lay it out.
 
     Raises:
         ValueError: it has other axes.
     """
-    axes = {_LINEAR: (None, None), _CONV: (None, 1, None)}.get(layout)
+    axes = {LINEAR: (None, None), CONV: (None, 1, None), TABLE: (1, None, None)}.get(layout)
     if axes and (a.ndim != len(axes) or any(n not in (None, m) for n, m in zip(axes, a.shape))):
-        wanted = {_LINEAR: "(out, in)", _CONV: "(channels, 1, width)"}[layout]
+        wanted = {LINEAR: "(out, in)", CONV: "(channels, 1, width)", TABLE: "(1, rows, d)"}[layout]
         raise ValueError(f"{name} has shape {tuple(a.shape)}, expected {wanted}")
-    return a.T if layout == _LINEAR else a[:, 0].T if layout == _CONV else a
+    if layout == TABLE:
+        return a[0]
+    return a.T if layout == LINEAR else a[:, 0].T if layout == CONV else a
 
 
-def _theirs(a: np.ndarray, layout: str) -> np.ndarray:
-    """Inverse of `_ours`."""
-    return a.T if layout == _LINEAR else a.T[:, None] if layout == _CONV else a
+def to_theirs(a: np.ndarray, layout: str) -> np.ndarray:
+    """Inverse of `from_theirs`."""
+    if layout == TABLE:
+        return a[None]
+    return a.T if layout == LINEAR else a.T[:, None] if layout == CONV else a
 
 
 def mixer_from_reference(flat: Mapping[str, np.ndarray]) -> dict[str, Any]:
@@ -91,13 +95,13 @@ def mixer_from_reference(flat: Mapping[str, np.ndarray]) -> dict[str, Any]:
     unknown = sorted(set(flat) - set(ours))
     if unknown:
         raise ValueError(f"unknown parameters of a Mamba mixer: {', '.join(unknown)}")
-    return nest({ours[n][0]: _ours(n, a, ours[n][1]) for n, a in flat.items()})
+    return nest({ours[n][0]: from_theirs(n, a, ours[n][1]) for n, a in flat.items()})
 
 
 def mixer_to_reference(params: Mapping[str, Any], kind: str) -> dict[str, np.ndarray]:
     """Inverse of `mixer_from_reference`; `kind` is "mamba1" or "mamba2"."""
     theirs = MIXER | {"dt_bias": _bias_name(kind)}
-    return {theirs[n][0]: _theirs(a, theirs[n][1]) for n, a in flatten(params).items()}
+    return {theirs[n][0]: to_theirs(a, theirs[n][1]) for n, a in flatten(params).items()}
 
 
 def from_reference(flat: Mapping[str, np.ndarray], tied: bool | None = None) -> dict[str, Any]:
@@ -131,6 +135,22 @@ def from_reference(flat: Mapping[str, np.ndarray], tied: bool | None = None) -> 
         tied = same
     if not tied:
         params["lm_head"] = head
+    params["layers"] = layers_from_reference(flat)
+    return {"params": params, "stats": {}}
+
+
+def layers_from_reference(
+    flat: dict[str, np.ndarray], names: Mapping[str, tuple[str, str]] = LAYER
+) -> dict[str, Any]:
+    """Parameters of all layers, stacked on axis 0, from what is left of a checkpoint.
+
+    Args:
+        flat: arrays by name, `backbone.layers.{i}.*` and nothing else.
+        names: our parameter of a layer, besides the mixer's -> (theirs, layout).
+
+    Raises:
+        ValueError: other names, gaps in the numbers, or layers of different kinds.
+    """
     layers: dict[str, dict[str, np.ndarray]] = {}
     for name in list(flat):
         if name.startswith("backbone.layers."):
@@ -141,9 +161,7 @@ def from_reference(flat: Mapping[str, np.ndarray], tied: bool | None = None) -> 
     if not layers or set(layers) != {str(i) for i in range(len(layers))}:
         found = ", ".join(sorted(layers)) or "none"
         raise ValueError(f"layers are not numbered from 0 without gaps; found: {found}")
-    each = [_layer(layers[str(i)], i) for i in range(len(layers))]
-    params["layers"] = nest(_stacked(each))
-    return {"params": params, "stats": {}}
+    return nest(_stacked([_layer(layers[str(i)], i, names) for i in range(len(layers))]))
 
 
 def _take(flat: dict[str, np.ndarray], name: str) -> np.ndarray:
@@ -157,9 +175,11 @@ def _layer_norm(names) -> str:
     return " (LayerNorm is not supported)" if biases else ""
 
 
-def _layer(flat: Mapping[str, np.ndarray], number: int) -> dict[str, np.ndarray]:
+def _layer(
+    flat: Mapping[str, np.ndarray], number: int, names: Mapping[str, tuple[str, str]]
+) -> dict[str, np.ndarray]:
     """One layer's parameters by our path."""
-    ours = {theirs: (name, layout) for name, (theirs, layout) in LAYER.items()}
+    ours = {theirs: (name, layout) for name, (theirs, layout) in names.items()}
     mixer = below(flat, "mixer.")
     rest = {n: a for n, a in flat.items() if not n.startswith("mixer.")}
     unknown = sorted(set(rest) - set(ours))
@@ -172,7 +192,7 @@ def _layer(flat: Mapping[str, np.ndarray], number: int) -> dict[str, np.ndarray]
         raise ValueError(f"layer {number} has {what}; hybrids with attention are not supported")
     try:
         converted = flatten({"mixer": mixer_from_reference(mixer)})
-        return converted | {ours[n][0]: _ours(n, a, ours[n][1]) for n, a in rest.items()}
+        return converted | {ours[n][0]: from_theirs(n, a, ours[n][1]) for n, a in rest.items()}
     except ValueError as error:
         raise ValueError(f"layer {number}: {error}") from error
 
@@ -200,13 +220,20 @@ def to_reference(variables: Mapping[str, Any], config: MambaConfig) -> dict[str,
         "backbone.norm_f.weight": params["norm_f"]["g"],
         "lm_head.weight": params.get("lm_head", params["embedding"]),
     }
-    mixer = {f"mixer/{n}": (f"mixer.{t}", layout) for n, (t, layout) in MIXER.items()}
-    bias, layout = _bias_name(config.mixer)
-    theirs = LAYER | mixer | {"mixer/dt_bias": (f"mixer.{bias}", layout)}
-    for name, stack in flatten(params["layers"]).items():
+    return flat | layers_to_reference(params["layers"], config.mixer)
+
+
+def layers_to_reference(
+    params: Mapping[str, Any], kind: str, names: Mapping[str, tuple[str, str]] = LAYER
+) -> dict[str, np.ndarray]:
+    """Inverse of `layers_from_reference`; `kind` is "mamba1" or "mamba2"."""
+    mixer = MIXER | {"dt_bias": _bias_name(kind)}
+    theirs = names | {f"mixer/{n}": (f"mixer.{t}", layout) for n, (t, layout) in mixer.items()}
+    flat = {}
+    for name, stack in flatten(params).items():
         their_name, layout = theirs[name]
         for number in range(stack.shape[0]):
-            flat[f"backbone.layers.{number}.{their_name}"] = _theirs(stack[number], layout)
+            flat[f"backbone.layers.{number}.{their_name}"] = to_theirs(stack[number], layout)
     return flat
 
 
@@ -239,12 +266,16 @@ def config_from_reference(reference: Mapping[str, Any]) -> MambaConfig:
         d_intermediate=sizes["d_intermediate"],
         tie_embeddings=reference.get("tie_embeddings", True),
         residual_in_fp32=reference.get("residual_in_fp32", True),
-        **_mixer_fields(dict(ssm)),
+        **mixer_fields(dict(ssm)),
     )
 
 
-def _mixer_fields(ssm: dict[str, Any]) -> dict[str, Any]:
-    """Fields of `MambaConfig` from `ssm_cfg`."""
+def mixer_fields(ssm: dict[str, Any]) -> dict[str, Any]:
+    """Fields of `MambaConfig` (and `AiMConfig`) from `ssm_cfg`.
+
+    Raises:
+        ValueError: another mixer, or an argument that is not supported.
+    """
     layer = ssm.pop("layer", "Mamba1")
     if layer not in ("Mamba1", "Mamba2"):
         raise ValueError(f"ssm_cfg.layer={layer!r}; Mamba1 and Mamba2 are supported")
@@ -259,6 +290,18 @@ def _mixer_fields(ssm: dict[str, Any]) -> dict[str, Any]:
     if "dt_limit" in fields:
         fields["dt_limit"] = _dt_limit(fields["dt_limit"])
     return fields
+
+
+def ssm_cfg(config: MambaConfig) -> dict[str, Any]:
+    """Keyword arguments of a config's mixer; inverse of `mixer_fields`."""
+    default = {f.name: f.default for f in dataclasses.fields(MambaConfig)}
+    second = config.mixer == "mamba2"
+    ssm: dict[str, Any] = {"layer": "Mamba2"} if second else {}
+    for theirs in sorted(MAMBA2_FIELDS if second else MAMBA1_FIELDS):
+        value = getattr(config, SSM_FIELDS[theirs])
+        if value != default[SSM_FIELDS[theirs]]:
+            ssm[theirs] = list(value) if isinstance(value, tuple) else value
+    return ssm
 
 
 def _dt_limit(value: Any) -> tuple[float, ...]:
@@ -282,15 +325,9 @@ def config_to_reference(config: MambaConfig) -> dict[str, Any]:
         raise ValueError(
             f"net.norm_epsilon={config.norm_epsilon}, but the mamba_ssm layout knows 1e-05 only"
         )
-    second = config.mixer == "mamba2"
-    ssm: dict[str, Any] = {"layer": "Mamba2"} if second else {}
-    for theirs in sorted(MAMBA2_FIELDS if second else MAMBA1_FIELDS):
-        value = getattr(config, SSM_FIELDS[theirs])
-        if value != default[SSM_FIELDS[theirs]]:
-            ssm[theirs] = list(value) if isinstance(value, tuple) else value
     return {
         "d_model": config.d_model, "d_intermediate": config.d_intermediate,
-        "n_layer": config.n_layer, "vocab_size": config.vocab_size, "ssm_cfg": ssm,
+        "n_layer": config.n_layer, "vocab_size": config.vocab_size, "ssm_cfg": ssm_cfg(config),
         "attn_layer_idx": [], "attn_cfg": {}, "rms_norm": True,
         "residual_in_fp32": config.residual_in_fp32, "fused_add_norm": True,
         "pad_vocab_size_multiple": 1, "tie_embeddings": config.tie_embeddings,

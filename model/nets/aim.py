@@ -244,7 +244,7 @@ class AiM(nn.Module):
         tokens = tokens + self.position_embedding[: t_len - 1]
         r = jnp.concatenate([modulation.first[:, None], tokens], axis=1)
         r = constrain(r.astype(self._residual_dtype()), "batch", "seq", None)
-        self.sow("intermediates", "embed", r)
+        self.sow("intermediates", "embedded", r)
         r, _ = self.layers(r, modulation.layers)
         logits = self._logits(r, modulation.final[:, :, None])
         return constrain(logits, "batch", "seq", None), {}
@@ -256,7 +256,7 @@ class AiM(nn.Module):
         shared = None
         if c.groups:
             shared = self.group_modulation(embedded)
-            self.sow("intermediates", "group_modulation", shared)
+            self.sow("intermediates", "shared_vectors", shared)
             shared = conditioning.share_out(shared, c.n_layer, 3 * c.branches)
         _, layers = self.layers.conditioning(embedded, shared)
         return Modulation(embedded, layers, self.final_modulation(embedded).astype(self.dtype))
@@ -306,7 +306,7 @@ class AiM(nn.Module):
 
     @nn.nowrap
     def init_state(self, batch: int, dtype=None, *, unroll: bool = False) -> Any:
-        """State before the first token: stacked over blocks (batch is axis 1), or a list of blocks'.
+        """State before the first token, stacked over blocks (batch is axis 1) or as a list of them.
 
         Args:
             dtype: in which the mixers keep what they may keep narrow; None means the net's.
@@ -344,7 +344,7 @@ class AiM(nn.Module):
     def _logits(self, r, final):
         """Norm, norm again, modulation and head: [.., d] to [.., vocab] float32."""
         f = self.norm_f(r)
-        self.sow("intermediates", "norm_f", f)
+        self.sow("intermediates", "normed", f)
         shift, scale = final.astype(f.dtype)
         f = modulate(self.norm_final(f), shift, scale).astype(self.dtype)
         self.sow("intermediates", "final", f)

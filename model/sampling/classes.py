@@ -118,9 +118,8 @@ def make_class_sampler(
             program.
 
     All settings are traced: other values compile nothing anew, except for switching guidance or a
-    filter on or off. The variables' matrices are cast to the net's dtype in every call;
-    `net.decoding_variables` does that once, if memory matters (the caller may keep only its
-    results' "layers" instead of its own).
+    filter on or off. The variables are cast to the net's dtype in every call: where they are wider,
+    `net.decoding_variables` saves that, and the memory, once for all.
     """
     c = net.config
 

@@ -4,8 +4,9 @@ Everything acts on the last axis, of size V. Temperature, k and p are ordinary (
 either one for all rows or one per row, so that changing them compiles nothing anew.
 
 There are two conventions. `top_k_filter`, `nucleus_filter`, `filter_logits` and `draw` are those of
-text (exactly k entries, a slack of 1e-4 in p); `keep_top_k`, `keep_nucleus` and `keep_likely` those
-of image tokens (all entries that tie with the k-th, no slack), which find thresholds without a sort.
+text: exactly k entries, a slack of 1e-4 in p. `keep_top_k`, `keep_nucleus` and `keep_likely` are
+those of image tokens: all entries that tie with the k-th, no slack; they find thresholds without a
+sort.
 """
 
 from __future__ import annotations
@@ -178,7 +179,7 @@ def keep_nucleus(logits: Array, p: Array | float) -> Array:
     it is <= 1 - p; the last, which is the most likely, is always kept.
 
     Args:
-        logits: [..., V] float32, normalised or not; dropped entries of a filter before may be there.
+        logits: [..., V] float32, normalised or not; a filter may have dropped some before.
         p: float or [...] float in (0, 1]; 1 keeps everything.
 
     Returns:

@@ -107,6 +107,8 @@ class Case:
         tolerance: see `Tolerance`.
         meaning: name or pattern -> explanation, {} if there is none.
         informational: names the manifest declares as not to be checked.
+        entry: what else the manifest says of the case.
+        folder: where the case's files are.
     """
 
     name: str
@@ -116,6 +118,8 @@ class Case:
     tolerance: Tolerance
     meaning: dict[str, str]
     informational: tuple[str, ...] = ()
+    entry: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    folder: Path = Path()
 
     @property
     def needs_float64(self) -> bool:
@@ -176,6 +180,8 @@ class Manifest:
             tolerance=Tolerance.read(entry, self.content),
             meaning=meaning if isinstance(meaning, dict) else {"": str(meaning)},
             informational=tuple(entry.get("informational") or ()),
+            entry=entry,
+            folder=self.folder,
         )
 
     def _files(self, name: str, entry: Mapping) -> tuple[list[Path], list[Path]]:

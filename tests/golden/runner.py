@@ -16,7 +16,11 @@ from .compare import Check, Report
 from .manifest import Case, Manifest, ManifestError
 
 # Module with FAMILIES = {family: adapter(report)} of each system.
-SYSTEMS = {"transformer_vq": "tests.golden.transformer_vq", "ssm": "tests.golden.ssm"}
+SYSTEMS = {
+    "transformer_vq": "tests.golden.transformer_vq",
+    "ssm": "tests.golden.ssm",
+    "aim": "tests.golden.aim",
+}
 
 Adapter = Callable[[Report], None]
 
