@@ -5,7 +5,6 @@ Parameters carry the names of the published checkpoints (`mamba_ssm`); see `mode
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from typing import Any, NamedTuple
 
@@ -14,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from ...kernels_pallas import ssd_decode
 from ...kernels_pallas.causal_conv1d import causal_conv1d
 from ...kernels_pallas.selective_scan import selective_scan, selective_scan_step
 from ...kernels_pallas.ssd import ssd, ssd_step
@@ -22,7 +22,7 @@ from ..layers.mlp import uniform_fan_in
 from ..layers.norms import GatedRMSNorm
 from ..partition import constrain
 from .contract import enter_segments, refuse_context, row_lengths
-from .mamba_decode import CACHES, DualCache, RecurrentCache, conv_step, dual_step, init_dual
+from .mamba_decode import CACHES, DualCache, RecurrentCache, conv_step, dual_step
 
 
 class MambaState(NamedTuple):
@@ -189,8 +189,8 @@ class _Recurrent(nn.Module):
         if kind == "recurrent":
             return RecurrentCache(state.conv, state.ssm, start)
         sizes = self.sizes()[2], self.headdim, self.ngroups, self.d_state
-        tokens = init_dual(batch, max_length, *sizes, dtype)
-        return DualCache(conv=state.conv, **tokens, index=start, length=max_length)
+        tokens = ssd_decode.init_cache(batch, max_length, *sizes, dtype)
+        return DualCache(state.conv, tokens, start)
 
     def _dense(self, features: int, use_bias: bool, scale: float = 1.0) -> nn.Dense:
         init = lambda *a: scale * uniform_fan_in(*a)
@@ -200,7 +200,7 @@ class _Recurrent(nn.Module):
 def _after(state: MambaState | RecurrentCache, conv: Array, ssm: Array):
     """The state after one more token."""
     state = state._replace(conv=conv, ssm=ssm.astype(state.ssm.dtype))
-    return state if isinstance(state, MambaState) else state._replace(index=state.index + 1)
+    return state if isinstance(state, MambaState) else state._replace(offset=state.offset + 1)
 
 
 class Mamba1(_Recurrent):
@@ -269,7 +269,7 @@ class Mamba1(_Recurrent):
 
     def _one(self, u, state):
         x, z = jnp.split(constrain(self.in_proj(u), "batch", "features"), 2, axis=-1)
-        x, conv = self.conv1d(x, window=state.conv, index=getattr(state, "index", None))
+        x, conv = self.conv1d(x, window=state.conv, offset=getattr(state, "offset", None))
         dt, b, c = jnp.split(self.x_proj(x), [self.rank, self.rank + self.d_state], axis=-1)
         y, ssm = selective_scan_step(
             x, self.dt_proj(dt), -jnp.exp(self.A_log), b, c, self.D, z, dt_bias=self.dt_bias,
@@ -405,7 +405,7 @@ class Mamba2(_Recurrent):
     def _one(self, u, state):
         d_mlp, d_ssm, heads = self.sizes()
         z0, x0, z, xbc, dt = self._split(constrain(self.in_proj(u), "batch", "features"))
-        xbc, conv = self.conv1d(xbc, window=state.conv, index=getattr(state, "index", None))
+        xbc, conv = self.conv1d(xbc, window=state.conv, offset=getattr(state, "offset", None))
         x, b, c = jnp.split(xbc, [d_ssm, d_ssm + self.ngroups * self.d_state], axis=-1)
         to_heads = lambda a: a.reshape(-1, heads, self.headdim)
         to_groups = lambda a: a.reshape(-1, self.ngroups, self.d_state)
@@ -417,8 +417,8 @@ class Mamba2(_Recurrent):
             dt_bias=self.dt_bias, dt_softplus=True, dt_limit=self.dt_limit or (0.0, math.inf)
         )
         if isinstance(state, DualCache):
-            y, state = dual_step(*operands, **options, cache=state)
-            state = dataclasses.replace(state, conv=conv)
+            y, tokens = dual_step(*operands, **options, cache=state.tokens, offset=state.offset)
+            state = DualCache(conv, tokens, state.offset + 1)
         else:
             y, ssm = ssd_step(*operands, **options, state=state.ssm)
             state = _after(state, conv, ssm)
