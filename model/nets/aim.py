@@ -349,7 +349,12 @@ class AiM(nn.Module):
         blocks stand apart.
         """
         params = dict(variables["params"])
-        cast = lambda path, a: a.astype(self.dtype) if path[-1].key == "kernel" else a
+
+        def cast(path, a):  # the convolution's taps are used in float32
+            names = [p.key for p in path]
+            matrix = names[-1] == "kernel" and "conv1d" not in names
+            return a.astype(self.dtype) if matrix else a
+
         layers = jax.tree_util.tree_map_with_path(cast, params["layers"])
         if unroll:
             at = lambda i: jax.tree.map(lambda a: a[i], layers)

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lintime.model.convert.aim import HEAD, config_from_reference, from_reference, split_hub
+from lintime.model.convert.aim import HEAD, config_from_reference, from_reference
 from lintime.model.nets.aim import AiM, AiMConfig
 from lintime.model.sampling.classes import make_class_sampler, row_keys
 
@@ -53,7 +53,7 @@ def aim(report: Report) -> None:
             report.check(f"grad.param.{name}", gradient["embedding"])
             del case.params[name]
     report.check_params("grad.param.", gradient, lambda flat: from_reference(flat)["params"])
-    check_generation(report, config, {"params": params}, case.entry.get("cfg_scale"))
+    check_generation(report, config, {"params": params}, cfg_scale(report))
 
 
 def check_intermediates(report: Report, config: AiMConfig, seen: Mapping[str, Any]) -> None:
@@ -72,9 +72,14 @@ def check_intermediates(report: Report, config: AiMConfig, seen: Mapping[str, An
 
 def check_generation(
     report: Report, config: AiMConfig, variables: Mapping[str, Any], guidance: float | None
-) -> None:
-    """Greedy tokens and guided logits, for the position conventions that the case has."""
-    found = {}
+) -> dict[str, np.ndarray]:
+    """Greedy tokens and guided logits, for the position conventions that the case has.
+
+    Returns:
+        The tokens by convention.
+    """
+    drawn: dict[str, np.ndarray] = {}
+    found: dict[str, list] = {}
     for name in report.case.arrays:
         match = re.fullmatch(r"(gen[._])(ids|logits)_(\w+)_positions", name)
         if match and match[3] in POSITIONS:
@@ -87,11 +92,12 @@ def check_generation(
         strength = 1.0 if guidance is None else guidance
         ids, logits = sampler(variables, keys, labels, guidance=strength, temperature=0.0)
         got = {"ids": np.asarray(ids), "logits": logits}
+        drawn[convention] = got["ids"]
         for name, kind in arrays:
             report.check(name, got[kind], how=f"guidance {strength:g}")
+    return drawn
 
 
-def stage2_params(flat: Mapping[str, np.ndarray], config: AiMConfig) -> dict[str, Any]:
-    """Variables of stage 2 from a file that may hold the tokenizer as well."""
-    stage2, _ = split_hub(flat)
-    return jax.tree.map(jnp.asarray, from_reference(stage2, config))
+def cfg_scale(report: Report) -> float | None:
+    """The guidance strength of a case, wherever it is said."""
+    return report.case.config.get("cfg_scale", report.case.entry.get("cfg_scale"))
