@@ -18,12 +18,14 @@ from jax import Array
 from .. import dispatch
 from ..compat import vary
 from .cache import DualCache, append, block_heads, init_cache, resize
+from .pallas_gpu import ssd_decode_gpu, unable
 from .reference import ssd_decode_reference
 from .xla import ssd_decode_xla
 
 IMPLEMENTATIONS = {
     "reference": ssd_decode_reference,
     "xla": ssd_decode_xla,
+    "pallas_gpu": ssd_decode_gpu,
 }
 
 
@@ -51,7 +53,7 @@ def implementation_for(cache: DualCache, implementation: str | None = None) -> s
     caller does well to start with few slots and to `resize`.
     """
     return dispatch.resolve(
-        "ssd_decode", implementation, IMPLEMENTATIONS, x=cache.B, channels=cache.x.shape[-1]
+        "ssd_decode", implementation, IMPLEMENTATIONS, unable=unable(cache), x=cache.B
     )
 
 
@@ -65,14 +67,15 @@ def ssd_decode(
             anything; only "xla" wants the x there finite, as `init_cache` and `append` leave it.
         C: [R, G, N] of the newest token; head h uses group h // (H/G).
         index: scalar int32, may be traced.
-        implementation: None (best available), "reference" or "xla"; see `implementation_for`.
+        implementation: None (best available), "reference", "xla", or "pallas_gpu" (also as
+            "pallas"); see `implementation_for`.
 
     Returns:
         y [R, H, P] float32 (float64 for float64 inputs), without the skip D x.
 
     Raises:
         ValueError: shapes that do not fit (with the numbers), or an implementation that does not
-            exist here.
+            exist here or does not take such a cache.
     """
     _check(cache, C)
     name = implementation_for(cache, implementation)
