@@ -19,7 +19,10 @@ examples:
   lintime train transformer_vq/quickstart data.path=my.txt --run runs/mine
   lintime train transformer_vq/enwik8 data.path=enwik8 mesh.fsdp=8 precision.compute=bfloat16
   lintime sample --run runs/mine sample.prompt="Once upon" sample.temperature=0.7
+  lintime train aim/quickstart                         images by class
+  lintime sample --run runs/aim-quickstart sample.classes=3,8 sample.files=true
   lintime eval --run runs/mine --split test
+  lintime prepare codes IMAGES --tokenizer RUN --out codes
   lintime bench
 """
 
@@ -127,8 +130,10 @@ def _parser() -> _Parser:
     sub = add(
         "eval", _eval,
         "Evaluate a run on a split of its data (or other data: data.path=...).",
-        "Settings are the fields of `data`, `eval`, `mesh` and `precision`, and batch_size.\n"
-        "Example, the whole split: lintime eval --run runs/mine --split test eval.batches=0",
+        "Settings are the fields of `data`, `eval`, `mesh`, `precision` and `sample`, and\n"
+        "batch_size. Examples, the whole split, and FID of 50,000 images:\n"
+        "  lintime eval --run runs/mine --split test eval.batches=0\n"
+        "  lintime eval --run runs/aim eval.samples=50000 eval.inception=FILE eval.reference=FILE",
     )  # fmt: skip
     _run_arguments(sub)
     sub.add_argument("--split", default="validation", choices=["validation", "test"])
@@ -136,10 +141,13 @@ def _parser() -> _Parser:
 
     sub = add(
         "sample", _sample,
-        "Continue a prompt with a trained run, streaming to the terminal.",
-        "Settings are the fields of `sample`: prompt, length, rows, temperature, top_k, top_p,\n"
-        "stop; and data.vocab=FILE where a vocabulary has moved.\n"
-        'Example: lintime sample --run runs/mine --prompt "To be" sample.length=500',
+        "Draw from a trained run: text to the terminal, images to PNG files.",
+        "Settings are the fields of `sample`. Text: prompt, length, rows, temperature, top_k,\n"
+        "top_p, stop. Images: classes, count, guidance, schedule, temperature, top_k, top_p,\n"
+        "rows, columns, files.\n"
+        "Where a vocabulary or tokenizer has moved: data.vocab=FILE, data.tokenizer=DIR.\n"
+        'Examples: lintime sample --run runs/mine --prompt "To be" sample.length=500\n'
+        "          lintime sample --run runs/aim sample.classes=207,360 sample.guidance=4",
     )  # fmt: skip
     _run_arguments(sub)
     sub.add_argument("--seed", type=int, default=0, help="the same seed gives the same text")
@@ -155,6 +163,11 @@ def _parser() -> _Parser:
     from .bench import add_arguments as bench_arguments
 
     bench_arguments(sub)
+
+    sub = add("prepare", _prepare, "Encode images once into token codes, to train on.")
+    from .prepare import add_arguments as prepare_arguments
+
+    prepare_arguments(sub)
 
     sub = add("convert", _convert, "Published checkpoints to runs and back; dense attention to VQ.")
     from .convert import add_arguments as convert_arguments
@@ -228,6 +241,12 @@ def _bench(arguments: argparse.Namespace) -> None:
 
 def _convert(arguments: argparse.Namespace) -> None:
     from .convert import run_command
+
+    run_command(arguments)
+
+
+def _prepare(arguments: argparse.Namespace) -> None:
+    from .prepare import run_command
 
     run_command(arguments)
 

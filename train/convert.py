@@ -11,9 +11,11 @@ from typing import Any
 
 import numpy as np
 
+from ..model.nets.aim import AiMConfig
 from ..model.nets.mamba_lm import MambaConfig
 from ..model.nets.transformer_vq import TransformerVQConfig
-from . import convert_mamba, convert_vq
+from ..model.nets.vq_tokenizer import VQTokenizerConfig
+from . import convert_aim, convert_mamba, convert_tokenizer, convert_vq
 from .arrays import (
     WEIGHTS,
     check_weights,
@@ -28,7 +30,7 @@ from .config_files import load_config, read_config, save_config
 from .convert_vq import dense_run_to_vq
 from .errors import UserError
 from .files import write_atomic
-from .schema import Run
+from .schema import Data, Run
 from .validate import validate
 
 EXAMPLES = """\
@@ -38,10 +40,17 @@ examples:
   lintime convert --from mamba-130m --out runs/mamba-130m      # a folder with config.json
   lintime convert --run runs/x --to safetensors --out x.safetensors
   lintime convert --run runs/mamba --to bin --out mamba        # for mamba_ssm's from_pretrained
+  lintime convert --from aim-xlarge --out runs/aim-xl          # AiM with its tokenizer
+  lintime convert --from vq_ds16_c2i.pt --out runs/vq16        # a tokenizer alone
   lintime convert --run runs/dense --to vq --out runs/dense-vq net.n_code=512
 """
 # Each system's module has to_run(flat, ...) and from_run(run, ...).
-SYSTEMS = {TransformerVQConfig: convert_vq, MambaConfig: convert_mamba}
+SYSTEMS = {
+    TransformerVQConfig: convert_vq,
+    MambaConfig: convert_mamba,
+    AiMConfig: convert_aim,
+    VQTokenizerConfig: convert_tokenizer,
+}
 LAYOUTS = {name: module for module in SYSTEMS.values() for name in module.LAYOUTS}
 
 
@@ -87,7 +96,10 @@ def run_command(arguments: argparse.Namespace) -> None:
             source, out, layout=arguments.layout, config=config, reference=reference,
             overrides=arguments.overrides,
         )  # fmt: skip
-        if read_config(out / "config.json").data.vocab:
+        run = read_config(out / "config.json")
+        if not isinstance(run.data, Data):
+            print(f"{out} is ready:\n  lintime sample --run {out}\n  lintime eval --run {out}")
+        elif run.data.vocab:
             print(
                 f"{out} is ready:\n  lintime eval --run {out} data.path=FILE\n"
                 f"  lintime sample --run {out}\n  lintime train CONFIG init_from={out}"
@@ -140,7 +152,7 @@ def convert(
     """
     out = must_be_new(Path(out))
     flat = read_arrays(source)
-    system = LAYOUTS[layout] if layout else _recognise(flat)
+    system = LAYOUTS[layout] if layout else recognise(flat)
     beside = config_beside(source)
     if config is None and reference is None and beside:
         config, reference = read_hyperparameters(beside)
@@ -150,14 +162,21 @@ def convert(
     )  # fmt: skip
     validate(run)
     check_weights(run, variables, source)
-    save_inference(out, variables, 0, {"converted_from": str(source)})
-    save_config(run, out / "config.json")
+    runs = {out: (run, variables)}
+    if system is convert_aim:
+        runs |= convert_aim.extra_runs(flat, out, source)
+    for folder, (each, weights) in runs.items():
+        save_inference(folder, weights, 0, {"converted_from": str(source)})
+        save_config(each, folder / "config.json")
     return out
 
 
-def _recognise(flat: Mapping[str, np.ndarray]) -> ModuleType:
+def recognise(flat: Mapping[str, np.ndarray]) -> ModuleType:
     """The system whose names these are; Transformer-VQ's explains what it does not know."""
-    return convert_mamba if convert_mamba.recognises(flat) else convert_vq
+    for system in (convert_aim, convert_mamba, convert_tokenizer):
+        if system.recognises(flat):
+            return system
+    return convert_vq
 
 
 def _read_config_argument(text: str | None) -> tuple[Run | None, dict | None]:

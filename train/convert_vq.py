@@ -20,7 +20,8 @@ from .config_files import read_config, save_config
 from .errors import UserError
 from .override import apply_overrides
 from .schema import Run
-from .tasks import DTYPES, make_task
+from .task import DTYPES
+from .tasks import make_task
 from .validate import validate
 
 LAYOUTS = {"transformer-vq-main": "main", "transformer-vq-optimized": "optimized"}

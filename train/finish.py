@@ -26,7 +26,7 @@ from .tasks import make_task
 from .validate import validate
 
 # Groups of fields that each command reads; a run's other settings are those it was trained with.
-EVAL_FIELDS = ("data", "eval", "mesh", "precision", "batch_size")
+EVAL_FIELDS = ("data", "eval", "mesh", "precision", "batch_size", "sample")
 SAMPLE_FIELDS = ("sample", "data.vocab", "data.tokenizer")
 
 
@@ -141,7 +141,15 @@ def evaluate_run(run_dir: str, overrides: list[str], split: str, step: int | Non
         print(f"  {name:16} {value:.6g}")
     for value in task.yardstick(data, run.eval.batches).values():
         print(f"  {'gzip -9':16} {value:.6g} bits per byte on the same bytes")
-    return result
+    from .evaluate.runs import image_figures
+
+    figures = image_figures(loaded, run, split)
+    notes, protocol = figures.pop("notes", []), figures.pop("protocol", "")
+    for name, value in figures.items():
+        print(f"  {name:16} {value:.6g}")
+    for line in filter(None, (str(protocol), *notes)):
+        print(f"  {line}")
+    return result | figures
 
 
 def sample_run(run_dir: str, overrides: list[str], seed: int, step: int | None) -> list:

@@ -15,12 +15,14 @@ from ..model.nets.aim import AiMConfig
 from ..model.nets.mamba_lm import MambaConfig
 from ..model.nets.transformer_vq import TransformerVQConfig
 from ..model.nets.vq_tokenizer import VQTokenizerConfig
-from .checkpoint import Checkpoints, restore_inference
+from .arrays import WEIGHTS
+from .checkpoint import FOLDER, Checkpoints, restore_inference
 from .config_files import read_config
 from .errors import UserError
 from .loaded import LoadedRun
 from .loaded_images import LoadedImages
 from .loaded_text import LoadedText
+from .published import HUB_NAME, fetch, load_published
 from .schema import Run
 from .tasks import make_task
 from .tokenizer import LoadedTokenizer
@@ -44,7 +46,8 @@ def load(
     """Load a run directory, or a directory written by `lintime convert`, for inference.
 
     Args:
-        path: the directory.
+        path: the directory, a folder of a published checkpoint (config.json and
+            model.safetensors), or the name of such a model on the hub (`hp-l33/aim-base`).
         step: checkpoint to load; the newest unless given.
         ema: prefer the moving average of the weights where the run keeps one.
         options: of the kind of run: `vocab` for text, `tokenizer` for images; where that file or
@@ -54,11 +57,15 @@ def load(
         UserError: no such directory, not a run, no checkpoint, or one that is damaged or of
             another model.
     """
-    path = Path(path).expanduser()
+    name, path = str(path), Path(path).expanduser()
     if not path.is_dir():
-        raise UserError(
-            f"{path} is not a directory; name one that `lintime train` or `convert` wrote"
-        )
+        if not HUB_NAME.fullmatch(name) or path.parent.is_dir():
+            raise UserError(
+                f"{path} is not a directory; name one that `lintime train` or `convert` wrote"
+            )
+        path = fetch(name)
+    if not (path / FOLDER).is_dir() and any((path / file).is_file() for file in WEIGHTS.values()):
+        return load_published(path, LOADED, **options)
     if not (path / "config.json").is_file():
         raise UserError(
             f"{path} is not a run directory: it has no config.json; name one that "
@@ -69,7 +76,7 @@ def load(
         restored, step, fingerprint = _restore(config, path, step, ema)
     return LOADED[type(config.net)](
         config, restored["params"], restored["stats"], step=step, path=path,
-        fingerprint=fingerprint, **options,
+        data_fingerprint=fingerprint, **options,
     )  # fmt: skip
 
 

@@ -19,7 +19,7 @@ class LoadedRun:
         config: the `Run` it was trained with. net: the Flax module.
         params, stats: weights (the moving average where the run keeps one) and codebooks.
         step: update of the checkpoint. path: run directory, or None.
-        fingerprint: of the training data, {} if unknown.
+        data_fingerprint: of the training data, {} if unknown.
     """
 
     def __init__(
@@ -30,10 +30,11 @@ class LoadedRun:
         *,
         step: int = 0,
         path: Path | None = None,
-        fingerprint: dict | None = None,
+        data_fingerprint: dict | None = None,
     ):
         self.config, self.params, self.stats = config, params, stats
-        self.step, self.path, self.fingerprint = step, path, fingerprint or {}
+        self.step, self.path = step, path
+        self.data_fingerprint = data_fingerprint or {}
         self.net = make_task(config).net
         self._jitted: dict = {}
 

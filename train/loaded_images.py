@@ -50,18 +50,18 @@ class LoadedImages(LoadedRun):
                     "data.tokenizer=DIR_OR_FILE"
                 )
             given = load_tokenizer(place)
-        wanted = self.fingerprint.get("tokenizer")
-        if wanted is not None and wanted != given.identity:
+        wanted = self.data_fingerprint.get("tokenizer")
+        if wanted is not None and wanted != given.fingerprint:
             raise UserError(
                 f"{given.path} is not the tokenizer whose codes {self.path} was trained on "
-                f"({given.identity} instead of {wanted}); name that one with data.tokenizer"
+                f"({given.fingerprint} instead of {wanted}); name that one with data.tokenizer"
             )
         return given
 
     @functools.cached_property
     def grid(self) -> tuple[int, int]:
         """Height and width of the code grid."""
-        saved = self.fingerprint.get("grid")
+        saved = self.data_fingerprint.get("grid")
         if saved:
             return tuple(saved)
         tokens = self.config.net.num_tokens

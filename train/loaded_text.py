@@ -23,10 +23,10 @@ class LoadedText(LoadedRun):
     `vocab` is where the vocabulary is now, if not where `config.data.vocab` says.
     """
 
-    def __init__(self, *args, vocab: str | None = None, fingerprint: dict | None = None, **kwargs):
-        super().__init__(*args, fingerprint=fingerprint, **kwargs)
+    def __init__(self, *args, vocab: str | None = None, **options):
+        super().__init__(*args, **options)
         self._vocab_spec = vocab or self.config.data.vocab
-        self._vocab_fingerprint = (fingerprint or {}).get("vocab")
+        self._vocab_fingerprint = self.data_fingerprint.get("vocab")
 
     @functools.cached_property
     def decoding_variables(self) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import sys
 from pathlib import Path
 from typing import TextIO
@@ -11,10 +12,13 @@ import numpy as np
 import tqdm
 
 from .data.open import open_split
+from .evaluate.reference import write_samples_npz
 from .loaded_images import LoadedImages, to_uint8
 from .pictures import image_grid, save_each, save_png
 from .schema import ImageSample
 from .tokenizer import LoadedTokenizer
+
+GRID = 400  # most images of a grid
 
 
 def classes_of(sample: ImageSample, num_classes: int) -> list[int]:
@@ -32,7 +36,7 @@ def sample_classes(
         loaded: the run. sample: what to draw. seed: of the draws. out: where paths are printed.
 
     Returns:
-        Paths of the files, the grid first.
+        Paths of the files, the grid (of the first images) first.
     """
     out = sys.stdout if out is None else out
     classes = classes_of(sample, loaded.config.net.num_classes)
@@ -40,24 +44,41 @@ def sample_classes(
         name: getattr(sample, name)
         for name in ("guidance", "schedule", "temperature", "top_k", "top_p", "rows")
     }
-    pieces = []
-    bar = tqdm.tqdm(
-        total=len(classes), unit="images", desc="sampling", disable=not out.isatty(), file=out
-    )
-    with bar:
-        for piece in loaded.stream(classes, seed=seed, **settings):
-            pieces.append(piece)
-            bar.update(len(piece))
-    images = np.concatenate(pieces)
     folder = Path(loaded.path or ".") / "samples"
     stem = f"step{loaded.step:08d}-seed{seed}"
-    paths = [save_png(image_grid(images, sample.columns), folder / f"{stem}.png")]
-    if sample.files:
-        names = [f"{stem}-{i:05d}-class{c}" for i, c in enumerate(classes)]
-        paths += save_each(images, folder, names)
-    out.write(f"{len(images)} images: {paths[0]}\n")
+    names = [f"{stem}-{i:05d}-class{c}" for i, c in enumerate(classes)]
+    kept: list[np.ndarray] = []
+
+    def drawn():
+        """Pieces as they are drawn; single files are written at once, the first are kept."""
+        done = 0
+        with tqdm.tqdm(
+            total=len(classes), unit="images", desc="sampling", disable=not out.isatty(), file=out
+        ) as bar:
+            for piece in loaded.stream(classes, seed=seed, **settings):
+                if sample.files:
+                    save_each(piece, folder, names[done : done + len(piece)])
+                if done < GRID:
+                    kept.append(piece[: GRID - done])
+                done += len(piece)
+                bar.update(len(piece))
+                yield piece
+
+    paths = []
+    if sample.npz:
+        paths.append(folder / f"{stem}.npz")
+        write_samples_npz(paths[0], drawn(), np.asarray(classes), count=len(classes))
+    else:
+        collections.deque(drawn(), maxlen=0)
+    paths.insert(
+        0, save_png(image_grid(np.concatenate(kept), sample.columns), folder / f"{stem}.png")
+    )
+    out.write(f"{len(classes)} images: {paths[0]}\n")
+    for path in paths[1:]:
+        out.write(f"as arrays: {path}\n")
     if sample.files:
         out.write(f"one by one: {folder}/{stem}-*.png\n")
+        paths += [folder / f"{name}.png" for name in names]
     out.flush()
     return paths
 

@@ -69,13 +69,16 @@ class ImageData:
 
     Attributes:
         path: a folder of class folders (or with train/, val/ or validation/, test/ folders of
-            such), an .npz or .npy file of uint8 images [N, H, W, 3] (labels: `labels` in the .npz,
-            or a file NAME.labels.npy beside the .npy), ArrayRecord files (a glob or folder), or
-            ``builtin:digits``, ``builtin:photos`` (carried by scikit-learn).
+            such), .npz or .npy files (or a folder of them) of uint8 images [N, H, W, 3] or [N, H,
+            W] (labels: `labels` in the .npz, or a file NAME.labels.npy beside the .npy; none: one
+            class), ArrayRecord files (a glob or folder; see `write_array_records`), or
+            ``builtin:digits``, ``builtin:photos`` (carried by scikit-learn). Of several files those
+            named after a split (val, test) are that split.
         size: side of the square.
         crop: of training images: "random" or "center"; validation always takes the centre.
         resize, resize_max: see above; resize_max 0 means `resize`.
-        filter: "lanczos", "bicubic" or "nearest"; large images are first halved by a box filter.
+        filter: "lanczos", "bicubic" (ADM's: large images are first halved by a box filter) or
+            "nearest".
         flip: mirror training images at random.
         validation_fraction: share of images held out where the source has no split of its own.
         shuffle: visit training images in a seeded random order.
@@ -105,9 +108,9 @@ class CodeData:
             "" (codes only: nothing can be drawn as pixels).
         images: what to encode where `path` is ""; its `crop`, `resize` and `flip` give way to:
         views: codes kept per image and resize: "center", "flip" (image and mirrored image) or "ten"
-            (four corners and the centre, then the same mirrored). Training draws one at random,
-            validation takes the first of a set of its own, the centre crop.
-        resizes: shorter side before the crop, as multiples of `images.size`.
+            (four corners and the centre, then the same mirrored). Training draws one at random;
+            of the other splits only the centre crop at the first resize is kept.
+        resizes: side of the square that views are cut from, as multiples of `images.size`.
         shuffle, workers: as for images.
     """
 
@@ -234,11 +237,13 @@ class ImageSample:
     Attributes:
         classes: class ids, drawn in turn; () takes all classes in turn.
         count: images to draw; 0 draws one per class.
-        guidance: classifier-free guidance s, mixed = uncond + s (cond - uncond); 1 is none.
+        guidance: classifier-free guidance strength s, mixed = uncond + s (cond - uncond); 1 is
+            none.
         schedule: of s - 1 over the tokens: "constant", "linear" or "cosine" (from 0 up to s - 1).
         rows: images drawn at a time.
         columns: of the grid; 0 makes it about square.
         files: also write every image as a file of its own.
+        npz: also write all as one .npz file, as the ADM evaluator reads it.
     """
 
     classes: tuple[int, ...] = ()
@@ -251,6 +256,7 @@ class ImageSample:
     rows: int = 64
     columns: int = 0
     files: bool = False
+    npz: bool = False
 
 
 @dataclass

@@ -37,7 +37,7 @@ class LoadedTokenizer(LoadedRun):
         self._placed: dict = {}
 
     @functools.cached_property
-    def identity(self) -> str:
+    def fingerprint(self) -> str:
         """Hash of config and weights; codes carry it, so that they meet no other tokenizer."""
         digest = hashlib.sha256(repr(self.config.net).encode())
         leaves = jax.tree_util.tree_leaves_with_path(self.params["tokenizer"])

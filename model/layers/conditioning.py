@@ -13,11 +13,13 @@ scale of every branch, gate of every branch: rows.reshape(3, branches, ..) takes
 from __future__ import annotations
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jax import Array
 
 from ...kernels_pallas.matmul import matmul
 from .mlp import uniform_fan_in
+from .norms import rms_normalise
 
 KINDS = ("adaln", "adaln_single", "adaln_group")
 
@@ -25,6 +27,38 @@ KINDS = ("adaln", "adaln_single", "adaln_group")
 def modulate(x: Array, shift: Array, scale: Array) -> Array:
     """x (1 + scale) + shift; shift and scale [.., d] broadcast against x."""
     return x * (1 + scale) + shift
+
+
+def gated_add(r: Array, gate: Array, y: Array) -> Array:
+    """r + gate y in r's dtype; the backward pass keeps y as it came, not its wide copy."""
+    add = lambda r, gate, y: r + gate * y.astype(r.dtype)
+    return jax.checkpoint(add, prevent_cse=False)(r, gate, y)
+
+
+class ModulatedRMSNorm(nn.Module):
+    """rms(x) g (1 + scale) + shift: RMS norm with gain `g` (init 1), then the condition's vectors.
+
+    Computed in at least float32; the backward pass computes what is in between anew, for keeping it
+    costs more memory than all matmuls' inputs.
+
+    Attributes:
+        epsilon: added to the mean square.
+        dtype: of the result.
+    """
+
+    epsilon: float
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: Array, shift: Array, scale: Array) -> Array:
+        """[.., d] in `dtype`; shift and scale [.., d] broadcast against x."""
+        gain = self.param("g", nn.initializers.ones, (x.shape[-1],))
+
+        def apply(x, gain, shift, scale):
+            y = (rms_normalise(x, self.epsilon) * gain).astype(x.dtype)
+            return modulate(y, shift, scale).astype(self.dtype)
+
+        return jax.checkpoint(apply, prevent_cse=False)(x, gain, shift, scale)
 
 
 def groups_of(kind: str, num_groups: int) -> int:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
@@ -88,7 +91,9 @@ class GatedRMSNorm(nn.Module):
     @nn.compact
     def __call__(self, x: Array, z: Array | None = None) -> Array:
         gain = self.param("g", nn.initializers.ones, (x.shape[-1],))
-        return gated_rms_norm(
-            x, gain, z, group_size=self.group_size, norm_before_gate=self.norm_before_gate,
+        norm = functools.partial(
+            gated_rms_norm, group_size=self.group_size, norm_before_gate=self.norm_before_gate,
             epsilon=self.epsilon,
         )  # fmt: skip
+        # The backward pass computes the float32 values in between anew: they are many, it is cheap.
+        return jax.checkpoint(norm, prevent_cse=False)(x, gain, z)

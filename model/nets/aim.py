@@ -16,7 +16,13 @@ from jax import Array, lax
 
 from ...kernels_pallas.matmul import matmul
 from ..layers import conditioning
-from ..layers.conditioning import BlockModulation, ModulationHead, modulate
+from ..layers.conditioning import (
+    BlockModulation,
+    ModulatedRMSNorm,
+    ModulationHead,
+    gated_add,
+    modulate,
+)
 from ..layers.mlp import GatedMLP
 from ..layers.norms import RMSNorm
 from ..mixers.causal_attention import CausalAttention
@@ -132,7 +138,7 @@ class Layer(nn.Module):
 
     def setup(self):
         c = self.config
-        norm = lambda: RMSNorm(bias=False, epsilon=c.norm_epsilon)
+        norm = lambda: ModulatedRMSNorm(c.norm_epsilon, self.dtype)
         self.modulation = BlockModulation(3 * c.branches, self.dtype)
         self.norm = norm()
         self.mixer = make_mixer(c, self.dtype)
@@ -156,20 +162,20 @@ class Layer(nn.Module):
         axes = ("batch", "seq", None) if state is None else ("batch", None)
 
         self.sow("intermediates", "residual", r)
-        h = modulate(self.norm(r), shift[0], scale[0]).astype(self.dtype)
+        h = self.norm(r, shift[0], scale[0])
         self.sow("intermediates", "mixer_in", h)
         if state is None:
             y, _ = self.mixer(h)
         else:
             y, state = self.mixer.step(h, state)
-        out = gate[0] * self.mixer_drop(y, deterministic=fixed).astype(r.dtype)
-        r = constrain(r + out, *axes)
+        y, r_in = self.mixer_drop(y, deterministic=fixed), r
+        r = constrain(gated_add(r, gate[0], y), *axes)
         if self.config.d_intermediate:
             self.sow("intermediates", "residual2", r)
-            y = self.mlp(modulate(self.norm2(r), shift[1], scale[1]).astype(self.dtype))
-            out = gate[1] * self.mlp_drop(y, deterministic=fixed).astype(r.dtype)
-            r = constrain(r + out, *axes)
-        self.sow("intermediates", "out", out)
+            y = self.mlp(self.norm2(r, shift[1], scale[1]))
+            y, r_in = self.mlp_drop(y, deterministic=fixed), r
+            r = constrain(gated_add(r, gate[1], y), *axes)
+        self.sow("intermediates", "out", r - r_in)
         return r, state
 
 

@@ -1,8 +1,10 @@
 """Training and evaluation data: every batch is a pure function of seed, step and row.
 
-`open_data(config, split=..., seed=..., batch_size=...)` is the way in.
+`open_data(config, split=..., seed=..., batch_size=...)` is the way in for text, `open_image_data`
+and `open_code_data` for images and their codes; `open.open_split` takes any run.
 """
 
+from .codes import CodeDataset, open_code_data
 from .dataset import (
     LMDataset,
     gzip_bits_per_byte,
@@ -10,20 +12,27 @@ from .dataset import (
     prepare_data,
     raw_validation_bytes,
 )
+from .image_dataset import ImageDataset, open_image_data
+from .image_files import write_array_records
 from .stream import evaluation_batches, image_tokens, pack_documents
 from .vocab import ByteVocab, SentencePieceVocab, load_vocab, train_sentencepiece
 
 __all__ = [
     "ByteVocab",
+    "CodeDataset",
+    "ImageDataset",
     "LMDataset",
     "SentencePieceVocab",
     "evaluation_batches",
     "gzip_bits_per_byte",
     "image_tokens",
     "load_vocab",
+    "open_code_data",
     "open_data",
+    "open_image_data",
     "pack_documents",
     "prepare_data",
     "raw_validation_bytes",
     "train_sentencepiece",
+    "write_array_records",
 ]

@@ -1,4 +1,4 @@
-"""Batches as pure functions of (seed, step, row), and their prefetching iterator."""
+"""Batches of token sequences as pure functions of (seed, step, row)."""
 
 from __future__ import annotations
 
@@ -8,12 +8,11 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-import grain
 import numpy as np
-from absl import flags
 
 from ..errors import UserError
 from ..schema import Data
+from .batches import RowOrder, StepDataset
 from .documents import content_hash
 from .sources import find_documents, resolve_format
 from .stream import ByteTokens, TokenStream, gather
@@ -21,14 +20,12 @@ from .tokens import progress, text_chunks, tokenise
 from .vocab import ByteVocab, SentencePieceVocab, load_vocab, train_sentencepiece
 
 FORMAT_VERSION = 1  # of the batches: raise it when the same config would give other ones
-_ENDLESS = 2**62
 
 
 class Batches:
     """What the reader threads and processes hold: the stream and the order in which it is visited.
 
-    Training sequences form an endless order: every epoch is a new seeded permutation (or the
-    stream's own order). Element g*B + r of it is row r of sequence batch g, which lasts for T/U
+    Training sequences are visited in the order of `RowOrder`. Sequence batch g lasts for T/U
     updates: update u is part u % (T/U) of sequence batch u // (T/U), so row r of update u continues
     row r of update u - 1.
     """
@@ -46,60 +43,37 @@ class Batches:
     ):
         self.stream, self.count, self.batch_size = stream, count, batch_size
         self.sequence_len, self.parts = sequence_len, sequence_len // update_len
-        self.num_batches = None if endless else -(-count // batch_size)
-        order = grain.MapDataset.range(count)
-        if seed is not None:
-            order = order.seed(seed % 2**32).shuffle()
-        self.order = order.repeat() if endless else None
+        self.order = RowOrder(count, batch_size, seed=seed, endless=endless)
+        self.num_batches = self.order.num_batches
 
     def read(self, step: int, rows: np.ndarray) -> dict[str, np.ndarray]:
         """Rows `rows` of batch `step`; see LMDataset.batch."""
-        limit = self.num_batches
-        if step < 0 or (limit is not None and step >= limit):
-            raise IndexError(f"batch {step} is outside the {limit} batches")
         group, part = divmod(step, self.parts)
-        indices = group * self.batch_size + np.asarray(rows, np.int64)
-        if self.order is not None:
-            indices = np.array([self.order[int(i)] for i in indices], np.int64)
+        indices = self.order.indices(group, rows)
         batch = gather(
             self.stream, indices, self.sequence_len, count=self.count, part=part, parts=self.parts
         )
         return batch | {"start": np.full(len(indices), part == 0)}
 
 
-class _Steps:
-    """Random access to batches by step, as a Grain source."""
+class LMDataset(StepDataset):
+    """Batches of token sequences of one split. Made by `open_data`.
 
-    def __init__(self, batches: Batches, rows: np.ndarray, length: int):
-        self.batches, self.rows, self.length = batches, rows, length
-
-    def __len__(self) -> int:
-        return self.length
-
-    def __getitem__(self, step: int) -> dict[str, np.ndarray]:
-        return self.batches.read(int(step), self.rows)
-
-    def __repr__(self) -> str:
-        return f"LMDataset({self.length} steps, {len(self.rows)} rows)"
-
-
-class LMDataset:
-    """Batches of one split. Made by `open_data`.
+    A batch holds inputs, targets, mask, segment_ids: [R, U] int32; start: [R] bool, True where the
+    update begins a new sequence. Evaluation: U = T, and rows past the end are all zero.
 
     Attributes:
         vocab: the vocabulary (see `vocab`).
-        fingerprint: JSON-able dict; a restored run's must be equal.
+        fingerprint, num_batches: see StepDataset.
         updates_per_sequence: T/U for training, 1 for evaluation.
-        num_batches: batches of an evaluation split; None for training, which is endless.
         num_sequences, num_tokens, num_bytes, num_documents: size of the split; the EOS count as
             tokens, not as bytes.
         documents: the split's raw bytes (`lengths`, `read`).
     """
 
     def __init__(self, batches: Batches, *, vocab, fingerprint: dict, documents, workers: int):
-        self.batches, self.vocab, self.fingerprint = batches, vocab, fingerprint
-        self.documents, self.workers = documents, workers
-        self.updates_per_sequence, self.num_batches = batches.parts, batches.num_batches
+        super().__init__(batches, fingerprint=fingerprint, workers=workers)
+        self.vocab, self.documents, self.updates_per_sequence = vocab, documents, batches.parts
         self.num_sequences, self.num_tokens = batches.count, len(batches.stream)
         self.num_documents, self.num_bytes = len(documents.lengths), int(documents.lengths.sum())
 
@@ -107,53 +81,6 @@ class LMDataset:
     def description(self) -> str:
         """Size of the split, for people."""
         return f"{self.num_bytes / 1e6:.2f} MB of data"
-
-    def batch(self, step: int, rows) -> dict[str, np.ndarray]:
-        """The given global rows of batch `step`: a pure function of (data, seed, step, row).
-
-        Args:
-            step: update number (training), or number of the batch (evaluation).
-            rows: [R] row numbers in 0..batch_size-1, in any order.
-
-        Returns:
-            inputs, targets, mask, segment_ids: [R, U] int32; start: [R] bool, True where the
-            update begins a new sequence. Evaluation: U = T, and rows past the end are all zero.
-        """
-        return self.batches.read(step, self._check_rows(rows))
-
-    def iterate(self, start: int, rows, stop: int | None = None) -> Iterator[dict[str, np.ndarray]]:
-        """batch(start, rows), batch(start + 1, rows), ... up to `stop`, read ahead by Grain.
-
-        The same batches for any number of `workers` (reader processes; 0 = threads of this one).
-        """
-        rows = self._check_rows(rows)
-        end = _ENDLESS if self.num_batches is None else self.num_batches
-        stop = end if stop is None else min(stop, end)
-        if start >= stop:
-            return
-        steps = grain.MapDataset.source(_Steps(self.batches, rows, end))[start:stop]
-        dataset = steps.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=8))
-        if self.workers > 0:
-            if not flags.FLAGS.is_parsed():  # Grain's worker processes read absl flags
-                flags.FLAGS.mark_as_parsed()
-            dataset = dataset.mp_prefetch(
-                grain.MultiprocessingOptions(num_workers=self.workers, per_worker_buffer_size=2)
-            )
-        iterator = iter(dataset)
-        try:
-            yield from iterator
-        finally:
-            if hasattr(iterator, "close"):
-                iterator.close()
-
-    def _check_rows(self, rows) -> np.ndarray:
-        rows = np.asarray(rows, np.int64).reshape(-1)
-        size = self.batches.batch_size
-        if rows.size and not (0 <= rows.min() and rows.max() < size):
-            raise ValueError(
-                f"rows {rows.min()}..{rows.max()} are outside the batch of {size} rows"
-            )
-        return rows
 
 
 def open_data(

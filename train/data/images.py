@@ -90,7 +90,7 @@ def find_images(config: Data, split: str, *, cache: Path) -> ImageDocuments:
         raise UserError(
             f"data.format='images' finds no .npy or .npz file at {path}; correct data.path"
         )
-    groups = _group_by_name(files)
+    groups = group_by_name(files)
     arrays, shape = {}, None
     for name in ("train", "validation", "test"):
         arrays[name] = []
@@ -123,7 +123,8 @@ def find_images(config: Data, split: str, *, cache: Path) -> ImageDocuments:
     return ImageDocuments(ranges, shape)
 
 
-def _group_by_name(files: list[Path]) -> dict[str, list[Path]]:
+def group_by_name(files: list[Path]) -> dict[str, list[Path]]:
+    """Files by split: of several, those with "test" or "val" in their name, the others training."""
     groups = {"train": [], "validation": [], "test": []}
     for file in files:
         stem = file.stem.lower()

@@ -111,13 +111,14 @@ def text_chunks(documents, i: int) -> Iterator[str]:
         yield held
 
 
-def progress(total: int, what: str) -> tqdm:
-    """A progress bar over bytes on a terminal; elsewhere a line every 30 seconds."""
+def progress(total: int, what: str, unit: str = "B", disable: bool = False) -> tqdm:
+    """A progress bar (over bytes by default) on a terminal; elsewhere a line every 30 seconds."""
     terminal = sys.stderr.isatty()
     return tqdm(
         total=total,
         desc=what,
-        unit="B",
+        unit=unit,
+        disable=disable,
         unit_scale=True,
         leave=not terminal,
         delay=1 if terminal else 30,

@@ -1,0 +1,66 @@
+"""What `lintime eval` computes of image runs besides their loss."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from ..data.open import open_split
+from ..loaded_images import LoadedImages
+from ..mesh import local_rows, make_mesh, put_batch
+from ..schema import Run
+from ..tokenizer import LoadedTokenizer
+from .images import evaluate_generation, evaluate_reconstruction, load_inception
+from .reference import read_reference
+
+
+def image_figures(loaded, run: Run, split: str, seed: int = 0) -> dict[str, Any]:
+    """Figures of reconstruction (a tokenizer) or generation (a class-conditional model).
+
+    Generation draws `eval.samples` images of uniformly random classes with the settings of
+    `sample`, as the published protocols do; with eval.samples = 0 there is nothing to judge.
+
+    Args:
+        loaded: the run. run: its config with the user's changes. split: of reconstruction.
+        seed: of classes and draws.
+
+    Returns:
+        Figures by name, "notes" and "protocol" (see `evaluate_generation`); {} for other runs.
+
+    Raises:
+        UserError: files that are missing or hold something else.
+    """
+    if not isinstance(loaded, LoadedImages | LoadedTokenizer):
+        return {}
+    inception = load_inception(run.eval.inception) if run.eval.inception else None
+    if isinstance(loaded, LoadedTokenizer):
+        return evaluate_reconstruction(_pairs(loaded, run, split), inception=inception)
+    if not run.eval.samples:
+        note = (
+            "set eval.samples=N eval.inception=FILE eval.reference=FILE for FID and its relatives"
+        )
+        return {"notes": [note], "protocol": ""}
+    reference = read_reference(run.eval.reference) if run.eval.reference else None
+    classes = np.random.default_rng(seed).integers(run.net.num_classes, size=run.eval.samples)
+    s = run.sample
+    images = loaded.stream(
+        classes.tolist(), seed=seed, guidance=s.guidance, schedule=s.schedule,
+        temperature=s.temperature, top_k=s.top_k, top_p=s.top_p, rows=s.rows,
+    )  # fmt: skip
+    return evaluate_generation(
+        images, inception=inception, reference=reference, num_images=run.eval.samples
+    )
+
+
+def _pairs(loaded: LoadedTokenizer, run: Run, split: str) -> Iterator[tuple]:
+    """(originals, reconstructions), batch by batch, on all devices."""
+    data = open_split(run, split, loaded.path or ".")
+    mesh = make_mesh(run.mesh)
+    rows = local_rows(mesh, run.batch_size)
+    count = min(run.eval.batches or data.num_batches, data.num_batches)
+    for number, batch in enumerate(data.iterate(0, rows, count)):
+        images = put_batch({"images": batch["images"]}, number, mesh, run.batch_size)["images"]
+        again = np.asarray(loaded.decode(loaded.encode(images)))
+        yield batch["images"][batch["valid"]], again[batch["valid"]]
