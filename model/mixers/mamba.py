@@ -13,14 +13,16 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from ...kernels_pallas import ssd_decode
 from ...kernels_pallas.causal_conv1d import causal_conv1d
-from ...kernels_pallas.selective_scan import selective_scan
-from ...kernels_pallas.ssd import ssd
+from ...kernels_pallas.selective_scan import selective_scan, selective_scan_step
+from ...kernels_pallas.ssd import ssd, ssd_step
 from ...kernels_pallas.time_axis import resets_from_segments
 from ..layers.mlp import uniform_fan_in
 from ..layers.norms import GatedRMSNorm
 from ..partition import constrain
 from .contract import enter_segments, refuse_context, row_lengths
+from .mamba_decode import CACHES, DualCache, RecurrentCache, conv_step, dual_step
 
 
 class MambaState(NamedTuple):
@@ -28,7 +30,8 @@ class MambaState(NamedTuple):
 
     Attributes:
         conv: [B, W-1, C] the last inputs of the convolution, oldest first.
-        ssm: float32 state of the recurrence, [B, D, N] (Mamba-1) or [B, H, P, N] (Mamba-2).
+        ssm: state of the recurrence, [B, D, N] (Mamba-1) or [B, H, P, N] (Mamba-2); float32 unless
+            asked for otherwise.
         segment: [B] int32 document id of the last token.
     """
 
@@ -69,15 +72,21 @@ class CausalConv(nn.Module):
 
     @nn.compact
     def __call__(self, x, **options):
-        """y [B, T, C] and the new state; `options` as for `causal_conv1d`."""
+        """y [B, T, C] and the new state; `options` as for `causal_conv1d`.
+
+        A single token x [B, C] takes the options of `conv_step` instead.
+        """
         limit = self.width**-0.5
         kernel = self.param("kernel", uniform(limit), (self.width, x.shape[-1]))
         bias = self.param("bias", uniform(limit), (x.shape[-1],)) if self.use_bias else None
+        if x.ndim == 2:
+            return conv_step(x, kernel, bias, **options)
         return causal_conv1d(x, kernel, bias, activation="silu", **options)
 
 
 class _Recurrent(nn.Module):
-    """What both mixers share: the contract, given `_mix(x, state, lengths, resets)`."""
+    """What both mixers share: the contract, given `_mix(x, state, lengths, resets)` and
+    `_one(x, state)`, a single token."""
 
     def __call__(
         self,
@@ -125,28 +134,73 @@ class _Recurrent(nn.Module):
         lengths = row_lengths(mask) if lengths is None else lengths
         resets, segment = enter_segments(segment_ids, state.segment, lengths)
         y, conv, ssm = self._mix(x, state, lengths, resets)
-        return y, MambaState(conv, ssm, segment), {}
+        return y, MambaState(conv, ssm.astype(state.ssm.dtype), segment), {}
 
-    def step(self, x_t: Array, state: MambaState) -> tuple[Array, MambaState]:
-        """One token x_t [B, d]: y_t [B, d] and the new state."""
-        y, state, _ = self.extend(x_t[:, None], state)
-        return y[:, 0], state
+    def step(self, x_t: Array, state):
+        """One token x_t [B, d] of the document that `state` is in: y_t [B, d] and the new state.
+
+        `state` is of `init_state` or `extend`, or a cache of `init_cache`, whose dtypes it keeps;
+        the arithmetic in between is float32.
+        """
+        if self.reverse:
+            raise ValueError("a mixer with reverse=True reads whole sequences, not step by step")
+        return self._one(x_t, state)
 
     @nn.nowrap
-    def init_state(self, batch: int, dtype=None, max_length: int | None = None) -> MambaState:
-        """State before the first token. Its size is fixed, so `max_length` changes nothing."""
+    def init_state(
+        self, batch: int, dtype=None, max_length: int | None = None, *, ssm_dtype=None
+    ) -> MambaState:
+        """State before the first token. Its size is fixed, so `max_length` changes nothing.
+
+        Args:
+            dtype: of the convolution's window; None means the mixer's.
+            ssm_dtype: of the recurrence's state; None means at least float32. bfloat16 halves the
+                traffic of a step, and rounds the state at every step.
+        """
         del max_length
         dtype = self.dtype if dtype is None else dtype
+        ssm_dtype = jnp.promote_types(dtype, jnp.float32) if ssm_dtype is None else ssm_dtype
         channels, shape = self._state_shapes()
         return MambaState(
             conv=jnp.zeros((batch, self.d_conv - 1, channels), dtype),
-            ssm=jnp.zeros((batch, *shape), jnp.promote_types(dtype, jnp.float32)),
+            ssm=jnp.zeros((batch, *shape), ssm_dtype),
             segment=jnp.zeros((batch,), jnp.int32),
         )
+
+    @nn.nowrap
+    def init_cache(
+        self, batch: int, max_length: int, *, kind: str = "recurrent", dtype=None, ssm_dtype=None
+    ) -> RecurrentCache | DualCache:
+        """What `step` carries fastest, before the first token; see `mamba_decode`.
+
+        Args:
+            max_length: slots of the dual form, which keeps every token; `step` past them is the
+                caller's error.
+            kind: "recurrent" or "dual" (Mamba-2 only).
+            dtype, ssm_dtype: as for `init_state`; the dual form keeps its tokens in `dtype`.
+
+        Raises:
+            ValueError: there is no such kind for this mixer.
+        """
+        if kind not in CACHES or (kind == "dual" and not isinstance(self, Mamba2)):
+            raise ValueError(f"{type(self).__name__} has no cache {kind!r}")
+        dtype = self.dtype if dtype is None else dtype
+        state, start = self.init_state(batch, dtype, ssm_dtype=ssm_dtype), jnp.zeros((), jnp.int32)
+        if kind == "recurrent":
+            return RecurrentCache(state.conv, state.ssm, start)
+        sizes = self.sizes()[2], self.headdim, self.ngroups, self.d_state
+        tokens = ssd_decode.init_cache(batch, max_length, *sizes, dtype)
+        return DualCache(state.conv, tokens, start)
 
     def _dense(self, features: int, use_bias: bool, scale: float = 1.0) -> nn.Dense:
         init = lambda *a: scale * uniform_fan_in(*a)
         return nn.Dense(features, use_bias=use_bias, kernel_init=init, dtype=self.dtype)
+
+
+def _after(state: MambaState | RecurrentCache, conv: Array, ssm: Array):
+    """The state after one more token."""
+    state = state._replace(conv=conv, ssm=ssm.astype(state.ssm.dtype))
+    return state if isinstance(state, MambaState) else state._replace(offset=state.offset + 1)
 
 
 class Mamba1(_Recurrent):
@@ -212,6 +266,17 @@ class Mamba1(_Recurrent):
         )  # fmt: skip
         y = constrain(y, "batch", "seq", "features")
         return constrain(self.out_proj(y), "batch", "seq", None), conv, ssm
+
+    def _one(self, u, state):
+        x, z = jnp.split(constrain(self.in_proj(u), "batch", "features"), 2, axis=-1)
+        x, conv = self.conv1d(x, window=state.conv, offset=getattr(state, "offset", None))
+        dt, b, c = jnp.split(self.x_proj(x), [self.rank, self.rank + self.d_state], axis=-1)
+        y, ssm = selective_scan_step(
+            x, self.dt_proj(dt), -jnp.exp(self.A_log), b, c, self.D, z, dt_bias=self.dt_bias,
+            dt_softplus=True, state=state.ssm,
+        )  # fmt: skip
+        y = self.out_proj(constrain(y, "batch", "features"))
+        return constrain(y, "batch", None), _after(state, conv, ssm)
 
 
 class Mamba2(_Recurrent):
@@ -299,14 +364,23 @@ class Mamba2(_Recurrent):
         channels = d_ssm + 2 * self.ngroups * self.d_state
         return channels, (heads, self.headdim, self.d_state)
 
+    def _split(self, projected):
+        """z0, x0, z, [x | B | C] before the convolution, and dt."""
+        d_mlp, d_ssm, _ = self.sizes()
+        channels, _ = self._state_shapes()
+        ends = (d_mlp, 2 * d_mlp, 2 * d_mlp + d_ssm, 2 * d_mlp + d_ssm + channels)
+        return jnp.split(projected, ends, axis=-1)
+
+    def _skip(self):
+        """D as [H] or [H, P]."""
+        return self.D.reshape(-1, self.headdim) if self.D_has_hdim else self.D
+
     def _mix(self, u, state, lengths, resets):
         batch, t_len, _ = u.shape
         d_mlp, d_ssm, heads = self.sizes()
-        channels, _ = self._state_shapes()
         u = constrain(u, "batch", "seq", None)
-        ends = (d_mlp, 2 * d_mlp, 2 * d_mlp + d_ssm, 2 * d_mlp + d_ssm + channels)
         projected = constrain(self.in_proj(u), "batch", "seq", "features")
-        z0, x0, z, xbc, dt = jnp.split(projected, ends, axis=-1)
+        z0, x0, z, xbc, dt = self._split(projected)
         xbc, conv = self.conv1d(
             xbc, state=None if state is None else state.conv, resets=resets, lengths=lengths,
             reverse=self.reverse,
@@ -316,9 +390,8 @@ class Mamba2(_Recurrent):
         to_groups = lambda a: a.reshape(batch, t_len, self.ngroups, self.d_state)
         y, ssm = ssd(
             to_heads(x), dt, -jnp.exp(self.A_log), to_groups(b), to_groups(c),
-            self.D.reshape(heads, self.headdim) if self.D_has_hdim else self.D,
-            None if self.rmsnorm else to_heads(z), dt_bias=self.dt_bias, dt_softplus=True,
-            dt_limit=self.dt_limit or (0.0, math.inf), chunk=self.chunk,
+            self._skip(), None if self.rmsnorm else to_heads(z), dt_bias=self.dt_bias,
+            dt_softplus=True, dt_limit=self.dt_limit or (0.0, math.inf), chunk=self.chunk,
             state=None if state is None else state.ssm, resets=resets, lengths=lengths,
             reverse=self.reverse, implementation=self.implementation,
         )  # fmt: skip
@@ -328,3 +401,30 @@ class Mamba2(_Recurrent):
         if d_mlp:
             y = jnp.concatenate([nn.silu(z0) * x0, y], axis=-1)
         return constrain(self.out_proj(y), "batch", "seq", None), conv, ssm
+
+    def _one(self, u, state):
+        d_mlp, d_ssm, heads = self.sizes()
+        z0, x0, z, xbc, dt = self._split(constrain(self.in_proj(u), "batch", "features"))
+        xbc, conv = self.conv1d(xbc, window=state.conv, offset=getattr(state, "offset", None))
+        x, b, c = jnp.split(xbc, [d_ssm, d_ssm + self.ngroups * self.d_state], axis=-1)
+        to_heads = lambda a: a.reshape(-1, heads, self.headdim)
+        to_groups = lambda a: a.reshape(-1, self.ngroups, self.d_state)
+        operands = (
+            to_heads(x), dt, -jnp.exp(self.A_log), to_groups(b), to_groups(c), self._skip(),
+            None if self.rmsnorm else to_heads(z),
+        )  # fmt: skip
+        options = dict(
+            dt_bias=self.dt_bias, dt_softplus=True, dt_limit=self.dt_limit or (0.0, math.inf)
+        )
+        if isinstance(state, DualCache):
+            y, tokens = dual_step(*operands, **options, cache=state.tokens, offset=state.offset)
+            state = DualCache(conv, tokens, state.offset + 1)
+        else:
+            y, ssm = ssd_step(*operands, **options, state=state.ssm)
+            state = _after(state, conv, ssm)
+        y = constrain(y.reshape(-1, d_ssm), "batch", "features")
+        if self.rmsnorm:
+            y = self.norm(y, z)
+        if d_mlp:
+            y = jnp.concatenate([nn.silu(z0) * x0, y], axis=-1)
+        return constrain(self.out_proj(y), "batch", None), state

@@ -311,19 +311,40 @@ class AiM(nn.Module):
         return constrain(self._logits(r, modulation.final), "batch", None), state
 
     @nn.nowrap
-    def init_state(self, batch: int, dtype=None, *, unroll: bool = False) -> Any:
+    def init_state(
+        self,
+        batch: int,
+        dtype=None,
+        *,
+        unroll: bool = False,
+        cache: str = "recurrent",
+        slots: int = 0,
+    ) -> Any:
         """State before the first token, stacked over blocks (batch is axis 1) or as a list of them.
 
         Args:
-            dtype: in which the mixers keep what they may keep narrow; None means the net's.
+            dtype: of what grows with the context or with d_state. None means float32 for the state
+                of a recurrence, and the net's for past tokens.
             unroll: a list, see `step`.
+            cache: "recurrent" or "dual", see `mamba_decode`; attention always keeps its tokens.
+            slots: tokens that the cache has room for; 0 means num_tokens. Only "dual" can be given
+                more of them later.
+
+        Raises:
+            ValueError: a dual cache that is not unrolled: every step would copy all of it.
         """
-        mixer = make_mixer(self.config, self.dtype, parent=None)
-        one = mixer.init_state(batch, dtype, max_length=self.config.num_tokens)
-        layers = self.config.n_layer
+        c = self.config
+        if cache == "dual" and not unroll:
+            raise ValueError("cache='dual' needs unroll=True: a stacked one would be copied whole")
+        mixer, slots = make_mixer(c, self.dtype, parent=None), slots or c.num_tokens
+        if c.mixer == "attention":
+            one = mixer.init_state(batch, dtype, max_length=slots)
+        else:
+            kept = {"ssm_dtype" if cache == "recurrent" else "dtype": dtype}
+            one = mixer.init_cache(batch, slots, kind=cache, **kept)
         if unroll:
-            return [one] * layers
-        return jax.tree.map(lambda a: jnp.broadcast_to(a, (layers, *a.shape)), one)
+            return [one] * c.n_layer
+        return jax.tree.map(lambda a: jnp.broadcast_to(a, (c.n_layer, *a.shape)), one)
 
     @nn.nowrap
     def decoding_variables(self, variables: dict[str, Any], *, unroll: bool = False) -> dict:

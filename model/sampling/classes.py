@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
+from ..mixers.mamba_decode import dual_segments, resize
 from .filters import keep_likely
 
 SCHEDULES = {
@@ -94,14 +95,23 @@ def _check(net, keys, labels, guidance):
 
 
 def make_class_sampler(
-    net, *, unroll: bool = False, state_dtype=None, return_logits: bool = False
+    net,
+    *,
+    unroll: bool | None = None,
+    cache: str = "recurrent",
+    state_dtype=None,
+    piece: int = 64,
+    return_logits: bool = False,
 ) -> Callable[..., Any]:
     """A jitted function that draws whole images of given classes.
 
     Args:
         net: AiM; its dtype decides in which precision the weights are read.
-        unroll: compile every block on its own, see `AiM.step`.
-        state_dtype: in which the mixers keep what they may keep narrow; None means the net's.
+        unroll: compile every block on its own, see `AiM.step`; None does where the cache needs it.
+        cache, state_dtype: what the mixers carry from token to token, and its dtype; see
+            `AiM.init_state`.
+        piece: where a dual cache is read whole, it grows by this many tokens, and the program has
+            as many copies of a step.
         return_logits: also return the guided logits, before temperature and filters.
 
     Returns:
@@ -122,6 +132,7 @@ def make_class_sampler(
     `net.decoding_variables` saves that, and the memory, once for all.
     """
     c = net.config
+    unroll = cache == "dual" if unroll is None else unroll
 
     def run(variables, keys, labels, guidance, temperature, top_k, top_p):
         batch = labels.shape[0]
@@ -131,7 +142,10 @@ def make_class_sampler(
             guidance = jnp.broadcast_to(guidance, (c.num_tokens, batch))[:, :, None]
         modulation = net.apply(variables, labels, method="modulation")
         variables = net.decoding_variables(variables, unroll=unroll)
-        state = net.init_state(labels.shape[0], state_dtype, unroll=unroll)
+        begin = lambda slots: net.init_state(
+            labels.shape[0], state_dtype, unroll=unroll, cache=cache, slots=slots
+        )
+        ends = dual_segments(jax.eval_shape(lambda: begin(0)), c.num_tokens, piece)
 
         def one(carry, inputs):
             tokens, state = carry
@@ -148,8 +162,12 @@ def make_class_sampler(
             tokens = tokens.astype(jnp.int32)
             return (tokens, state), (tokens, logits if return_logits else None)
 
-        carry = jnp.zeros((batch,), jnp.int32), state
-        _, (codes, logits) = lax.scan(one, carry, (jnp.arange(c.num_tokens), guidance))
+        tokens, state, outs = jnp.zeros((batch,), jnp.int32), begin(ends[0]), []
+        for start, end in zip((0, *ends), ends):
+            inputs = jnp.arange(start, end), guidance[start:end] if guided else None
+            (tokens, state), out = lax.scan(one, (tokens, resize(state, end)), inputs)
+            outs.append(out)
+        codes, logits = jax.tree.map(lambda *parts: jnp.concatenate(parts), *outs)
         return (codes.T, logits) if return_logits else codes.T
 
     run = jax.jit(run)
