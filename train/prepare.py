@@ -79,7 +79,8 @@ def prepare_codes(
     Every split of the source is encoded: training images in all views at all resizes, the others in
     the centre crop at the first resize. Shard i of all is made by process i % (number of
     processes), each of its batches by all devices of the process. Shards are written whole, so that
-    an interrupted run continues at the first missing one; a finished folder is left as it is.
+    an interrupted run continues with the missing ones; where images were replaced or removed since
+    then, those shards are kept whose images are the same. A finished folder is left as it is.
 
     Args:
         images: the source; its `path`, `size`, `filter` and `validation_fraction` are used.
@@ -116,20 +117,30 @@ def prepare_codes(
         splits={split: len(found) for split, found in splits.items()},
         shard_size=shard_size,
     )
-    info = _compare_with(out, info)
+    info, changed = _compare_with(out, info)
     everything = [(split, shard) for split in info.splits for shard in info.shards(split)]
-    missing = [item for item in everything if not has_shard(out, info, *item)]
+    hashes = {
+        (split, shard): splits[split].hash_of(range(*info.shard_range(split, shard)))
+        for split, shard in (everything if changed else ())
+    }
+    missing = [i for i in everything if not has_shard(out, info, *i, source=hashes.get(i))]
+    stale = [path for i in missing for path in shard_files(out, *i) if path.exists()]
+    if changed and len(missing) == len(everything) and stale:
+        raise UserError(_refusal(out, "other images"))
     what = _what(info)
     if not missing and (out / INFO_FILE).exists():
         if primary:
             say(f"{out} already holds the codes of {what}")
         return info
+    _barrier("looked")  # everybody has seen the folder as it was
     if primary:
         done = len(everything) - len(missing)
         say(
             f"encoding {what} to {out}"
             + (f", continuing: {done} of {len(everything)} shards are there" if done else "")
         )
+        for path in stale:
+            path.unlink(missing_ok=True)
         if not (out / INFO_FILE).exists():
             write_atomic(out / PLAN_FILE, info.to_json())
     _barrier("plan")  # nobody writes before the folder says for what
@@ -139,8 +150,9 @@ def prepare_codes(
     encode = _encoder(tokenizer, batch_size, (images.size, images.size, 3))
     with progress(crops, "encoding", unit=" crops", disable=not primary) as bar:
         for split, shard in mine:
+            source = splits[split].hash_of(range(*info.shard_range(split, shard)))
             codes, labels = _encode_shard(splits[split], info, split, shard, encode, bar.update)
-            write_shard(out, info, split, shard, codes, labels)
+            write_shard(out, info, split, shard, codes, labels, source)
     _barrier("shards")
     if primary:
         for item in everything:
@@ -181,8 +193,10 @@ def _what(info: CodesInfo) -> str:
     return f"{images} ({counts}), {info.num_views('train')} crops of a training image"
 
 
-def _compare_with(out: Path, info: CodesInfo) -> CodesInfo:
-    """`info` with the shard size of the folder, if codes of just these settings were begun there.
+def _compare_with(out: Path, info: CodesInfo) -> tuple[CodesInfo, bool]:
+    """What the folder asks for: (`info` with its shard size, whether its images have changed).
+
+    Images may have changed in a folder that is not finished: a bad one was replaced or removed.
 
     Raises:
         UserError: the folder holds something else.
@@ -192,31 +206,34 @@ def _compare_with(out: Path, info: CodesInfo) -> CodesInfo:
             found = read_info(out / name)
         except FileNotFoundError:
             continue
-        info = dataclasses.replace(info, shard_size=found.shard_size)
         if found.tokenizer != info.tokenizer:
             raise UserError(
-                f"{out} holds codes made by another tokenizer (fingerprint {found.tokenizer[:12]}, "
-                f"this one has {info.tokenizer[:12]}); give another --out, or delete the folder"
+                _refusal(
+                    out,
+                    f"another tokenizer (fingerprint {found.tokenizer[:12]}, this one has "
+                    f"{info.tokenizer[:12]})",
+                )
             )
+        info = dataclasses.replace(info, shard_size=found.shard_size)
         old, new = (json.loads(i.to_json()) for i in (found, info))
-        if different := [key for key in old if old[key] != new[key]]:
-            key = next((k for k in different if k not in ("source", "splits")), "source")
-            changed = (
-                "other images"
-                if key == "source"
-                else f"other class names ({len(old[key])} classes, here {len(new[key])})"
-                if key == "class_names"
-                else f"{key}={old[key]} (here {new[key]})"
-            )
-            raise UserError(
-                f"{out} holds codes made with {changed}; give another --out, or delete the folder"
-            )
-        return info
+        different = [key for key in old if old[key] != new[key]]
+        for key in different:
+            if key == "class_names":
+                raise UserError(_refusal(out, "other class names"))
+            if key not in ("source", "splits"):
+                raise UserError(_refusal(out, f"{key}={old[key]} (here {new[key]})"))
+        if different and name == INFO_FILE:
+            raise UserError(_refusal(out, "other images"))
+        return info, bool(different)
     if out.exists() and not (out.is_dir() and all(p.name.startswith(".") for p in out.iterdir())):
         raise UserError(
             f"{out} exists and is not a folder of codes; give another --out, or empty it"
         )
-    return info
+    return info, False
+
+
+def _refusal(out: Path, what: str) -> str:
+    return f"{out} holds codes made with {what}; give another --out, or delete the folder"
 
 
 # ---------------------------------------------------------------- encoding

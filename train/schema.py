@@ -163,12 +163,19 @@ class EMA:
 
 @dataclass
 class Precision:
-    """compute: dtype of activations and matmuls ("float32" or "bfloat16"); parameters stay
-    float32.
+    """How a step is computed.
+
+    Attributes:
+        compute: dtype of activations and matmuls, "float32" or "bfloat16"; parameters stay float32.
+        remat: what the backward pass recomputes: "none", "full" (each layer) or "dots" (all but
+            matmul outputs).
+        unroll: compile stacked layers one by one, not as a loop, which copies what the backward
+            pass needs of each: faster steps on a GPU, but compilation takes long.
     """
 
     compute: str = "float32"
-    remat: str = "none"  # "none", "full" (recompute each layer), "dots" (keep matmul outputs)
+    remat: str = "none"
+    unroll: bool = False
 
 
 @dataclass

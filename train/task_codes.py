@@ -21,7 +21,8 @@ class ClassCodesTask(Task):
 
     @property
     def net(self) -> AiM:
-        return AiM(self.run.net, self.dtype, self.run.precision.remat)
+        precision = self.run.precision
+        return AiM(self.run.net, self.dtype, precision.remat, precision.unroll)
 
     def abstract_batch(self):
         rows = self.run.batch_size

@@ -32,7 +32,9 @@ class LanguageModelTask(Task):
 
     @property
     def net(self) -> TransformerVQ | MambaLM:
-        return NETS[type(self.run.net)](self.run.net, self.dtype, self.run.precision.remat)
+        precision = self.run.precision
+        net = NETS[type(self.run.net)]
+        return net(self.run.net, self.dtype, precision.remat, precision.unroll)
 
     @property
     def updates_per_sequence(self) -> int:

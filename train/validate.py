@@ -152,6 +152,10 @@ def _check_relations(run: Run) -> None:
             raise UserError(f"net: {error}") from error
     if isinstance(net, VQTokenizerConfig):
         check_perceptual(run)
+        if run.precision.unroll:
+            raise UserError(
+                "precision.unroll=true: a tokenizer has no stacked layers; leave it out"
+            )
     if isinstance(run.data, CodeData):
         _check_codes(run)
 

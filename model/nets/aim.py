@@ -189,11 +189,14 @@ class AiM(nn.Module):
         config: sizes and switches.
         dtype: of matmul inputs; logits are float32.
         remat: "none", "full" or "dots": what the backward pass recomputes per block.
+        unroll: compile every block on its own instead of one in a loop: faster, and slower to
+            compile.
     """
 
     config: AiMConfig
     dtype: jnp.dtype = jnp.float32
     remat: str = "none"
+    unroll: bool = False
 
     def setup(self):
         c, width = self.config, self.config.d_model
@@ -207,6 +210,7 @@ class AiM(nn.Module):
             split_rngs={"params": True, "dropout": True},
             in_axes=0,
             length=c.n_layer,
+            unroll=c.n_layer if self.unroll else 1,
             methods=["__call__", "conditioning"],
         )(c, self.dtype)
         table = lambda name, rows: self.param(name, nn.initializers.normal(0.02), (rows, width))

@@ -82,9 +82,11 @@ class PatchGAN(nn.Module):
         """Logits [B, H / 2^layers - 2, W / 2^layers - 2, 1] float32 of images [B, H, W, C].
 
         Raises:
-            ValueError: images too small to leave a logit.
+            ValueError: images too small to leave a logit, or no layers.
         """
         height, width = images.shape[1:3]
+        if self.layers < 1:
+            raise ValueError(f"a discriminator of {self.layers} layers; it needs at least 1")
         if min(height, width) < self.least_size:
             raise ValueError(
                 f"images of {height}x{width} pixels are too small for a discriminator of "

@@ -170,11 +170,14 @@ class TransformerVQ(nn.Module):
         config: sizes and switches.
         dtype: of matmul inputs and the residual stream; logits are float32.
         remat: "none", "full" or "dots": what the backward pass recomputes per layer.
+        unroll: compile every layer on its own instead of one in a loop: faster, and slower to
+            compile.
     """
 
     config: TransformerVQConfig
     dtype: jnp.dtype = jnp.float32
     remat: str = "none"
+    unroll: bool = False
 
     def setup(self):
         c = self.config
@@ -187,6 +190,7 @@ class TransformerVQ(nn.Module):
             split_rngs={"params": True, "dropout": True, "timeless": True},
             in_axes=(0, 0, nn.broadcast, nn.broadcast, nn.broadcast),
             length=c.n_layer,
+            unroll=c.n_layer if self.unroll else 1,
         )(c, self.dtype)
         self.embedding = self.param(
             "embedding", nn.initializers.normal(1.0), (c.vocab_size, c.d_model)

@@ -4,7 +4,7 @@ A codes folder holds
 
     codes.json                       what the codes are (`CodesInfo`); written last
     SPLIT-00000.codes.npy            [n, V, T] uint16 (int32 where the codebook is larger)
-    SPLIT-00000.labels.npy           [n] int32
+    SPLIT-00000.labels.npz           labels [n] int32; source, a hash of the images encoded
     SPLIT-00001. ...                 every shard has `shard_size` images, the last one the rest
 
 V views of an image, T = h * w codes each in raster order. Training images have V = (views) *
@@ -18,6 +18,7 @@ import functools
 import json
 import math
 import os
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -119,37 +120,46 @@ def read_info(path: Path) -> CodesInfo:
 def shard_files(folder: Path, split: str, shard: int) -> tuple[Path, Path]:
     """(codes, labels) of a shard."""
     stem = f"{split}-{shard:05d}"
-    return folder / f"{stem}.codes.npy", folder / f"{stem}.labels.npy"
+    return folder / f"{stem}.codes.npy", folder / f"{stem}.labels.npz"
 
 
-def write_shard(folder: Path, info: CodesInfo, split: str, shard: int, codes, labels) -> None:
-    """Writes codes [n, V, T] and labels [n]; each file at once, the labels last.
+def write_shard(
+    folder: Path, info: CodesInfo, split: str, shard: int, codes, labels, source: str = ""
+) -> None:
+    """Writes codes [n, V, T], labels [n] and the hash `source`; each file whole, the labels last.
 
     Raises:
         UserError: the disk is full or the folder cannot be written.
     """
-    paths = shard_files(folder, split, shard)
-    arrays = (np.asarray(codes).astype(info.dtype), np.asarray(labels).astype("<i4"))
-    for path, array in zip(paths, arrays, strict=True):
-        write_atomically(path, lambda file, array=array: np.save(file, array))
+    codes_file, labels_file = shard_files(folder, split, shard)
+    codes, labels = np.asarray(codes).astype(info.dtype), np.asarray(labels).astype("<i4")
+    write_atomically(codes_file, lambda file: np.save(file, codes))
+    write_atomically(labels_file, lambda file: np.savez(file, labels=labels, source=source))
 
 
-def has_shard(folder: Path, info: CodesInfo, split: str, shard: int) -> bool:
-    """Whether both files of a shard are there and whole."""
+def has_shard(
+    folder: Path, info: CodesInfo, split: str, shard: int, source: str | None = None
+) -> bool:
+    """Whether both files of a shard are there and whole, and made of `source` if that is given."""
     shape = info.shard_shape(split, shard)
-    wanted = ((shape, info.dtype), (shape[:1], np.dtype("<i4")))
+    codes_file, labels_file = shard_files(folder, split, shard)
     try:
-        arrays = [np.load(path, mmap_mode="r") for path in shard_files(folder, split, shard)]
-    except (OSError, ValueError, EOFError):
+        codes = np.load(codes_file, mmap_mode="r")
+        with np.load(labels_file) as archive:
+            labels, made_of = archive["labels"], str(archive["source"])
+    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile):
         return False
-    return all((a.shape, a.dtype) == w for a, w in zip(arrays, wanted, strict=True))
+    whole = (codes.shape, codes.dtype) == (shape, info.dtype)
+    whole &= (labels.shape, labels.dtype) == (shape[:1], np.dtype("<i4"))
+    return whole and source in (None, made_of)
 
 
 @functools.lru_cache(maxsize=2048)
 def _open_shard(folder: str, split: str, shard: int) -> tuple[np.ndarray, np.ndarray]:
-    """Memory-mapped (codes, labels)."""
+    """(memory-mapped codes, labels)."""
     codes, labels = shard_files(Path(folder), split, shard)
-    return np.load(codes, mmap_mode="r"), np.load(labels, mmap_mode="r")
+    with np.load(labels) as archive:
+        return np.load(codes, mmap_mode="r"), archive["labels"]
 
 
 class CodeReader:

@@ -15,6 +15,7 @@ import numpy as np
 
 from ..errors import UserError
 from .documents import content_hash, file_size
+from .image_files import Numbered
 
 BUILTIN = ("builtin:digits", "builtin:photos")
 _TILE, _STRIDE, _HELD_OUT = 128, 16, 128  # of builtin:photos, in pixels
@@ -61,7 +62,7 @@ def _read_header(file) -> tuple[tuple[int, ...], bool, np.dtype]:
     return np.lib.format.read_array_header_2_0(file)
 
 
-class ArrayImages:
+class ArrayImages(Numbered):
     """Images in .npy and .npz files, one after the other.
 
     An .npz holds `images` (or `data`, or one array that fits): uint8 [N, H, W, 3], [N, H, W, 1] or
@@ -226,7 +227,7 @@ def _open_npz(file: Path) -> tuple[Member, np.ndarray | None, list[str] | None]:
 # ---------------------------------------------------------------- carried by scikit-learn
 
 
-class BuiltinImages:
+class BuiltinImages(Numbered):
     """`builtin:digits` and `builtin:photos`.
 
     Digits: 1,797 scans of 8 x 8 pixels with 17 grey levels (value v becomes round(255 v / 16)), ten

@@ -2,11 +2,13 @@
 
 A *labelled image set* (see `image_sources`) has
 
-    class_names: tuple of str, id k is the k-th
-    labels:      [N] int32, or None where only reading an image tells its label
-    name(i)      what messages call image i
-    read(i)      ([H, W, 3] uint8, label)
-    fingerprint  JSON-able dict that changes with the content
+    class_names:   tuple of str, id k is the k-th
+    labels:        [N] int32, or None where only reading an image tells its label
+    name(i)        what messages call image i
+    read(i)        ([H, W, 3] uint8, label)
+    fingerprint    JSON-able dict that changes with the content
+    identity(i)    stays when other images come or go, where images have names
+    hash_of(some)  changes with the content of some images; does not decode them
 
 and is picklable: files are opened by whoever reads.
 """
@@ -85,6 +87,19 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
+class Numbered:
+    """For sets whose images have no names: an image is its number, content is known as a whole."""
+
+    def identity(self, i: int) -> str:
+        """The number."""
+        return str(i)
+
+    def hash_of(self, indices: Sequence[int]) -> str:
+        """sha256 over the content of the whole set, and the numbers."""
+        text = json.dumps([self.fingerprint, [int(i) for i in indices]])
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
 # ---------------------------------------------------------------- class folders
 
 
@@ -139,6 +154,18 @@ class FolderImages:
         """([H, W, 3] uint8, label) of image i."""
         return decode_image(self.name(i), self.name(i)), int(self.labels[i])
 
+    def identity(self, i: int) -> str:
+        """Path below the root."""
+        return self.paths[i]
+
+    def hash_of(self, indices: Sequence[int]) -> str:
+        """sha256 over names and sizes."""
+        digest = hashlib.sha256()
+        for i in indices:
+            size = file_size(self.name(i))
+            digest.update(f"{self.paths[i]}\0{size}\0".encode("utf-8", "surrogateescape"))
+        return digest.hexdigest()
+
     @property
     def fingerprint(self) -> dict:
         """All names, and the sizes of up to 4,096 files at even distances."""
@@ -190,7 +217,7 @@ def is_record_file(path: Path) -> bool:
     return any(ending in path.name.lower() for ending in RECORD_ENDINGS)
 
 
-class RecordImages:
+class RecordImages(Numbered):
     """Images in ArrayRecord files.
 
     A record is the label (int32, little-endian) followed by the bytes of an encoded image (PNG,

@@ -1,8 +1,8 @@
 """Finds labelled images and their splits: class folders, arrays, ArrayRecord files, built-in ones.
 
 How images are divided where the source does not come divided: every class gives about
-`validation_fraction` of its images to validation, chosen by a hash of their numbers. Where there is
-no test split, test is the validation split.
+`validation_fraction` of its images to validation, chosen by a hash of their names or numbers. Where
+there is no test split, test is the validation split.
 """
 
 from __future__ import annotations
@@ -50,6 +50,14 @@ class Subset:
     def read(self, i: int) -> tuple[np.ndarray, int]:
         """([H, W, 3] uint8, label) of image i."""
         return self.images.read(int(self.indices[i]))
+
+    def identity(self, i: int) -> str:
+        """Identity of image i."""
+        return self.images.identity(int(self.indices[i]))
+
+    def hash_of(self, indices: Sequence[int]) -> str:
+        """Hash of the content of some images."""
+        return self.images.hash_of(self.indices[np.asarray(indices, np.int64)])
 
     @property
     def fingerprint(self) -> dict:
@@ -105,7 +113,8 @@ def hold_out(images, fraction: float) -> tuple[Subset, Subset]:
 
     Validation gets round(fraction * N) of N images, but at least one, shared out over the classes
     by largest remainders; no class gives its last image while another one can. Within a class those
-    with the smallest hash of their number go: the same division everywhere.
+    with the smallest hash of their name go (in arrays and records: of their number): the same
+    division everywhere, and almost the same when images come or go.
     """
     count = len(images)
     wanted = max(1, round(fraction * count)) if fraction and count > 1 else 0
@@ -118,7 +127,7 @@ def hold_out(images, fraction: float) -> tuple[Subset, Subset]:
     while (left := wanted - int(shares.sum())) > 0:
         open_classes = [k for k in by_remainder if shares[k] < limit[k]]
         shares[open_classes[:left]] += 1
-    ranks = np.array([_rank(i) for i in range(count)], np.uint64)
+    ranks = np.array([_rank(images.identity(i)) for i in range(count)], np.uint64)
     order = np.lexsort((ranks, labels))
     starts = np.cumsum(sizes) - sizes
     held = np.zeros(count, bool)
@@ -127,8 +136,9 @@ def hold_out(images, fraction: float) -> tuple[Subset, Subset]:
     return Subset(images, np.flatnonzero(~held)), Subset(images, np.flatnonzero(held))
 
 
-def _rank(i: int) -> int:
-    return int.from_bytes(hashlib.sha256(b"%d" % i).digest()[:8], "little")
+def _rank(identity: str) -> int:
+    digest = hashlib.sha256(identity.encode("utf-8", "surrogateescape")).digest()
+    return int.from_bytes(digest[:8], "little")
 
 
 def _open(path: str) -> dict[str, object]:

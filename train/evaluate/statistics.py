@@ -336,7 +336,9 @@ def _pair(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 @jax.jit
 def _ssim(a: Array, b: Array) -> Array:
     """As `ssim`, for a data range of 1."""
-    a, b = a - 0.5, b - 0.5  # a small mean square keeps its difference to the variance exact
+    # Variances are differences of squares: small means keep them exact.
+    ground = jnp.mean((a + b) / 2, (1, 2), keepdims=True)
+    a, b = a - ground, b - ground
     at = np.arange(SSIM_WINDOW) - SSIM_WINDOW // 2
     window = np.exp(-(at**2) / (2 * 1.5**2))
     window /= window.sum()
@@ -350,7 +352,7 @@ def _ssim(a: Array, b: Array) -> Array:
     mean_a, mean_b = blur(a), blur(b)
     var_a, var_b = blur(a * a) - mean_a**2, blur(b * b) - mean_b**2
     covariance = blur(a * b) - mean_a * mean_b
-    mean_a, mean_b = mean_a + 0.5, mean_b + 0.5
+    mean_a, mean_b = mean_a + ground, mean_b + ground
     c1, c2 = 0.01**2, 0.03**2
     similarity = (2 * mean_a * mean_b + c1) * (2 * covariance + c2)
     similarity /= (mean_a**2 + mean_b**2 + c1) * (var_a + var_b + c2)
