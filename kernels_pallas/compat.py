@@ -156,6 +156,37 @@ def gpu_kernel(
     return run
 
 
+def gpu_kernel_in_place(
+    body: Callable, *, out_type: Any, interpret: Any, compiler_params: Any, **mesh: Any
+) -> Callable:
+    """A Mosaic GPU kernel that changes some of its operands in place, if nobody else needs them.
+
+    Args:
+        body: the kernel; takes references to the changed operands, the others, and the outputs.
+        out_type: tuple of `ShapeDtypeStruct` of the outputs.
+        interpret, compiler_params: as for `gpu_kernel`.
+        mesh: grid, grid_names, num_threads, thread_name.
+
+    Returns:
+        run(changed, *operands) -> (outputs, changed), `changed` a tuple of arrays. Not for vmap.
+    """
+    from jax.experimental import pallas
+    from jax.experimental.pallas import mosaic_gpu
+
+    kernel = pallas.kernel(
+        body, out_type=out_type, mesh=mosaic_gpu.Mesh(**mesh), interpret=interpret,
+        compiler_params=compiler_params,
+    )  # fmt: skip
+
+    def run(changed, *operands):
+        with enable_x64(False):
+            refs = [jax.new_ref(v) for v in changed]
+            outputs = kernel(*refs, *operands)
+            return tuple(outputs), tuple(jax.freeze(ref) for ref in refs)
+
+    return run
+
+
 def gpu_load(ref: Any, layout: Any) -> Any:
     """A piece of HBM straight into registers of a Mosaic GPU kernel, in `layout`."""
     from jax.experimental.pallas import mosaic_gpu

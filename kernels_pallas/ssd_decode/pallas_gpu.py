@@ -1,17 +1,20 @@
-"""The read of the dual form on Hopper GPUs (Pallas Mosaic GPU): one stream over the tokens so far.
+"""The dual form on Hopper GPUs (Pallas Mosaic GPU): one stream over the tokens so far.
 
-A program has one row and a few blocks of K heads, a warpgroup each. A tile of 16 tokens of a block
-is one piece of memory, 16 K P numbers, and comes by one bulk copy; only tiles up to the index are
-read. For each tile the warpgroup makes the weights
+A program has one row and a few blocks of K heads, a warpgroup each. A tile of some tokens of a
+block is one piece of memory and comes by one bulk copy; only tiles up to the index are read. For
+each tile the warpgroup makes the weights
 
     w[s, h] = (C . B_s) exp2(log2(e) (cs_h + scale[s, h]))        0 beyond the index
 
-float32, a thread each, and leaves them in shared memory; then it walks the tokens, a thread with
-K P / 128 neighbouring channels of a head and their sums in registers. Nothing is summed over threads
-but C . B_s. Tokens beyond the index in the last tile are selected away.
+in float32 and leaves them in shared memory. Then it walks the tokens, a thread with K P / 128
+neighbouring channels of a head and their sums in registers: nothing but C . B_s is summed over
+threads. Tokens beyond the index in the last tile are selected away.
 
-HBM bytes: n H P + n G N numbers of x and B and 4 n H bytes of weights a row, for n = index + 1
-rounded up to 16; B is read H / (K x warpgroups) times, from the second time on out of the L2 cache.
+A step also activates dt and puts the new token into the last tile in shared memory, in place of
+whatever came for its slot, and into HBM, where nobody reads that slot before the next step.
+
+HBM bytes a row: for n = index + 1, rounded up to a tile, n (H P + G N) numbers of x and B, and 4 n H
+of scale; B is read once for all warpgroups of a program, again by others, then out of the L2 cache.
 """
 
 from __future__ import annotations
@@ -25,7 +28,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from .. import dispatch
-from ..compat import gpu_kernel, gpu_load, out_like, vary
+from ..compat import gpu_kernel, gpu_kernel_in_place, gpu_load, out_like, vary
+from ..selective_scan.fused import softplus_short
 from .cache import DualCache
 
 TILE = 16  # tokens of a copy: 8, 16 or 32
@@ -73,15 +77,16 @@ def _layouts(heads: int, width: int) -> tuple:
     return token, weight, states
 
 
-def _body(refs, smem, barriers, where, *, sizes, wgs, stages):
+def _body(refs, smem, barriers, where, *, sizes, wgs, stages, step):
     """One warpgroup: all tokens of a block of heads."""
-    x_ref, b_ref, scale_ref, cs_ref, c_ref, index_ref, y_ref = refs
     full, full_b, empty_b = barriers
     row, part, wg = where
     block = part * wgs + wg
-    group = lax.div(block, sizes["J"] // sizes["G"])
-    heads, width = sizes["K"], sizes["P"]
+    per_group = sizes["J"] // sizes["G"]
+    group = lax.div(block, per_group)
+    heads, width, states_n = sizes["K"], sizes["P"], sizes["N"]
     token, weight, states = _layouts(heads, width)
+    a_head, a_state = weight.reduce(0), states.reduce(0)
     x_s, scale_s, w_s = (smem[k].at[wg] for k in ("x", "scale", "w"))
     b_s = smem["b"]
 
@@ -92,41 +97,69 @@ def _body(refs, smem, barriers, where, *, sizes, wgs, stages):
     def fetch(i, slot):
         at = pl.ds(i * TILE, TILE)
         barrier = full.at[wg * stages + slot]
-        copy(x_ref.at[row, block, at], x_s.at[slot], barrier)
-        copy(scale_ref.at[row, block, at], scale_s.at[slot], barrier)
+        copy(refs["x"].at[row, block, at], x_s.at[slot], barrier)
+        copy(refs["scale"].at[row, block, at], scale_s.at[slot], barrier)
 
     def fetch_b(i, slot):
-        copy(b_ref.at[row, pl.ds(i * TILE, TILE), group], b_s.at[slot], full_b.at[slot])
+        at = pl.ds(i * TILE, TILE)
+        copy(refs["B"].at[row, at, group], b_s.at[slot], full_b.at[slot])
 
     early = min(stages, sizes["S"] // TILE)  # does not wait for the index
     for i in range(early):
         fetch(i, i)
         pl.when(wg == 0)(functools.partial(fetch_b, i, i))
-    index = jnp.minimum(index_ref[0], sizes["S"] - 1)
+    index = jnp.minimum(refs["index"][0], sizes["S"] - 1)
     tiles = lax.div(index, TILE) + 1
-    cs = gpu_load(cs_ref.at[row, block], weight.reduce(0)) * _LOG2E
-    c = gpu_load(c_ref.at[row, group], states.reduce(0)).astype(jnp.float32)
+    last = tiles - 1
 
     def spread(v, shape, axis, layout):
         return plgpu.layout_cast(lax.broadcast_in_dim(v, shape, (axis,)), layout)
 
+    acc = plgpu.layout_cast(jnp.zeros((heads, width), jnp.float32), token)
+    if step is None:
+        cs = gpu_load(refs["cs"].at[row, block], a_head)
+        c = gpu_load(refs["C"].at[row, group], a_state)
+    else:
+        new = _new_token(refs, row, block, group, sizes, step, (token, a_head, a_state))
+        cs, c = new["cs"], new["C"]
+        if "skip" in new:
+            skip = new["skip"]
+            skip = skip if skip.ndim == 2 else spread(skip, acc.shape, 0, token)
+            acc = acc + new["x"].astype(jnp.float32) * skip
+    cs, c = cs * _LOG2E, c.astype(jnp.float32)
     at_tile = (TILE, heads)
-    at_token = plgpu.broadcasted_iota(jnp.int32, (TILE, heads), 0, layout=weight)
+    at_token = plgpu.broadcasted_iota(jnp.int32, at_tile, 0, layout=weight)
 
-    def one_tile(i, acc, masked):
+    def insert(slot):
+        """The new token into the last tile, where something else came for it, and into HBM."""
+        at = index - last * TILE
+        x_s.at[slot, at][...] = new["x"]
+        scale_s.at[slot, at][...] = new["scale"]
+        b_s.at[slot, at][...] = new["B"]  # every warpgroup the same
+        plgpu.commit_smem()  # also: all have read cs
+        refs["x"].at[row, block, index][...] = new["x"]
+        refs["scale"].at[row, block, index][...] = new["scale"]
+        refs["cs"].at[row, block][...] = new["cs"]
+
+        @pl.when(lax.rem(block, per_group) == 0)
+        def _():
+            refs["B"].at[row, index, group][...] = new["B"]
+
+    def one_tile(i, acc, is_last):
         slot, parity = lax.rem(i, stages), lax.rem(i, 2)
         plgpu.barrier_wait(full_b.at[slot])
         plgpu.barrier_wait(full.at[wg * stages + slot])
+        if is_last and step is not None:
+            insert(slot)
         b = gpu_load(b_s.at[slot], states).astype(jnp.float32)
         scores = jnp.sum(b * spread(c, b.shape, 1, states), axis=1)
         if wgs > 1:
             plgpu.barrier_arrive(empty_b.at[slot])
         exponent = gpu_load(scale_s.at[slot], weight) * _LOG2E + spread(cs, at_tile, 1, weight)
         w = jnp.exp2(exponent) * spread(scores, at_tile, 0, weight)
-        if masked:
-            w = jnp.where(
-                at_token + i * TILE <= index, w, plgpu.layout_cast(jnp.zeros_like(w), weight)
-            )
+        if is_last:
+            zero = plgpu.layout_cast(jnp.zeros_like(w), weight)
+            w = jnp.where(at_token + i * TILE <= index, w, zero)
         w_s.at[parity][...] = w
         plgpu.commit_smem()  # so all threads have read tile i - 1, and see the weights of tile i
 
@@ -147,18 +180,16 @@ def _body(refs, smem, barriers, where, *, sizes, wgs, stages):
 
         for s in range(TILE):
             x = gpu_load(x_s.at[slot, s], token).astype(jnp.float32)
-            if masked:
-                inside = jnp.broadcast_to(i * TILE + s <= index, (heads, width))
-                x = jnp.where(inside, x, plgpu.layout_cast(jnp.zeros_like(x), token))
+            if is_last:
+                valid = jnp.broadcast_to(i * TILE + s <= index, (heads, width))
+                x = jnp.where(valid, x, plgpu.layout_cast(jnp.zeros_like(x), token))
             w = gpu_load(w_s.at[parity, s], token.reduce(1))
             acc = acc + x * spread(w, x.shape, 0, token)
         return acc
 
-    acc = plgpu.layout_cast(jnp.zeros((heads, width), jnp.float32), token)
-    last = tiles - 1
     acc = lax.fori_loop(0, last, lambda i, acc: one_tile(i, acc, False), acc)
     acc = one_tile(last, acc, True)
-    y_ref.at[row, block][...] = acc
+    refs["y"].at[row, block][...] = acc
     for i in range(early):  # not wanted, but on its way
 
         @pl.when(i >= tiles)
@@ -167,25 +198,51 @@ def _body(refs, smem, barriers, where, *, sizes, wgs, stages):
             plgpu.barrier_wait(full_b.at[i])
 
 
-def ssd_decode_gpu(cache: DualCache, C: Array, index: Array) -> Array:
-    """See `ssd_decode`; weights and sums are float32."""
+def _new_token(refs, row, block, group, sizes, step, layouts):
+    """What the new token brings: x [K, P], B and C [N], cs and scale [K], the skip [K] or [K, P]."""
+    token, a_head, a_state = layouts
+    heads, width, n = sizes["K"], sizes["P"], sizes["N"]
+    beside = sizes["H"] * width + group * n
+    new = {"x": gpu_load(refs["xBC_heads"].at[row, pl.ds(block * heads, heads)], token)}
+    for name, at in (("B", beside), ("C", beside + sizes["G"] * n)):
+        new[name] = gpu_load(refs["xBC"].at[row, pl.ds(at, n)], a_state)
+    load = lambda ref: gpu_load(ref, a_head).astype(jnp.float32)
+    dt = load(refs["dt"].at[row, block])
+    if "dt_bias" in refs:
+        dt = dt + load(refs["dt_bias"].at[block])
+    if step["dt_softplus"]:
+        dt = softplus_short(dt)
+    low, high = step["dt_limit"]
+    constant = lambda v: plgpu.layout_cast(jnp.full((heads,), v, jnp.float32), a_head)
+    dt = jnp.maximum(dt, constant(low))
+    if math.isfinite(high):
+        dt = jnp.minimum(dt, constant(high))
+    new["cs"] = load(refs["cs"].at[row, block]) + dt * load(refs["A"].at[block])
+    new["scale"] = jnp.log(dt) - new["cs"]
+    if "D" in refs:
+        whole = step["skip_per_channel"]
+        new["skip"] = gpu_load(refs["D"].at[block], token if whole else token.reduce(1))
+    return new
+
+
+def _kernel(cache: DualCache, operands: dict[str, Array], step: dict | None):
+    """y, and the cache with the new token if `step`."""
     sizes, dtype = cache.sizes, cache.x.dtype
     rows, blocks, slots, heads = (sizes[k] for k in "RJSK")
     width, states = sizes["P"], sizes["N"]
-    per_group = blocks // sizes["G"]
-    wgs = max(w for w in range(1, WARPGROUPS + 1) if per_group % w == 0)
+    wgs = max(w for w in range(1, WARPGROUPS + 1) if (blocks // sizes["G"]) % w == 0)
     stages = STAGES
-    operands = (
-        cache.x.reshape(rows, blocks, slots, heads, width),
-        cache.B,
-        cache.scale,
-        cache.cs.reshape(rows, blocks, heads),
-        C.astype(dtype),
-        index.reshape(1),
-    )
+    held = {
+        "x": cache.x.reshape(rows, blocks, slots, heads, width),
+        "B": cache.B,
+        "scale": cache.scale,
+        "cs": cache.cs.reshape(rows, blocks, heads),
+    }
+    names = (*held, *operands, "y")
 
     def body(*refs):
         where = [lax.axis_index(name) for name in ("rows", "parts", "wg")]
+        refs = dict(zip(names, refs, strict=True))
         scratch = {
             "x": plgpu.SMEM((wgs, stages, TILE, heads, width), dtype),
             "b": plgpu.SMEM((stages, TILE, states), dtype),
@@ -199,22 +256,60 @@ def ssd_decode_gpu(cache: DualCache, C: Array, index: Array) -> Array:
         )
 
         def scoped(smem, barriers):
-            _body(refs, smem, barriers, where, sizes=sizes, wgs=wgs, stages=stages)
+            _body(refs, smem, barriers, where, sizes=sizes, wgs=wgs, stages=stages, step=step)
 
         pl.run_scoped(scoped, scratch, barriers, collective_axes="wg")
 
-    numbers = rows * slots
-    cost = pl.CostEstimate(
-        flops=2 * numbers * blocks * heads * (width + 1),
-        transcendentals=numbers * blocks * heads,
-        bytes_accessed=sum(v.size * v.dtype.itemsize for v in operands),
-    )
-    y = gpu_kernel(
-        body,
-        out_type=out_like(cache.x, (rows, blocks, heads, width), jnp.float32),
+    out_type = (out_like(cache.x, (rows, blocks, heads, width), jnp.float32),)
+    options = dict(
+        out_type=out_type, interpret=dispatch.interpret("gpu"),
         grid=(blocks // wgs, rows), grid_names=("parts", "rows"), num_threads=wgs, thread_name="wg",
         # Barriers are where they must be: `commit_smem` is one.
         compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
-        cost_estimate=cost, interpret=dispatch.interpret("gpu"),
-    )(*operands)  # fmt: skip
-    return vary(y.reshape(rows, blocks * heads, width), operands)
+    )  # fmt: skip
+    if step is None:
+        (y,) = gpu_kernel(body, **options)(*held.values(), *operands.values())
+    else:
+        run = gpu_kernel_in_place(body, **options)
+        (y,), changed = run(tuple(held.values()), *operands.values())
+        shaped = (v.reshape(old.shape) for v, old in zip(changed, cache, strict=True))
+        cache = DualCache(*shaped)
+    y = y.reshape(rows, blocks * heads, width)
+    return vary((y, cache), (cache, *operands.values()))
+
+
+def ssd_decode_gpu(cache: DualCache, C: Array, index: Array) -> Array:
+    """See `ssd_decode`; weights and sums are float32."""
+    return _kernel(cache, {"C": C.astype(cache.x.dtype), "index": index.reshape(1)}, None)[0]
+
+
+def ssd_decode_step_gpu(
+    cache: DualCache,
+    xBC: Array,
+    dt: Array,
+    A: Array,
+    D: Array | None,
+    index: Array,
+    *,
+    dt_bias: Array | None,
+    dt_softplus: bool,
+    dt_limit: tuple[float, float],
+) -> tuple[Array, DualCache]:
+    """See `ssd_decode_step`: the token enters the last tile in shared memory, and HBM from there."""
+    sizes = cache.sizes
+    by_block = lambda v, *rest: v.reshape(*v.shape[:-1], sizes["J"], sizes["K"])
+    xBC = xBC.astype(cache.x.dtype)
+    operands = {
+        "xBC": xBC,
+        "xBC_heads": xBC.reshape(sizes["R"], -1, sizes["P"]),
+        "dt": by_block(dt),
+        "A": by_block(A),
+        "index": index.reshape(1),
+    }
+    if dt_bias is not None:
+        operands["dt_bias"] = by_block(dt_bias)
+    step = dict(dt_softplus=dt_softplus, dt_limit=dt_limit, skip_per_channel=False)
+    if D is not None:
+        step["skip_per_channel"] = D.ndim == 2
+        operands["D"] = D.astype(jnp.float32).reshape(sizes["J"], sizes["K"], *D.shape[1:])
+    return _kernel(cache, operands, step)
