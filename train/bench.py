@@ -36,15 +36,18 @@ VARIANTS = {
     "vq-matmul": {"attention": "vq", "reduction": "matmul"},
     "dense": {"attention": "dense"},
 }
-SUITES = ("training", "ssm")
+SUITES = ("training", "ssm", "aim")
 ALIASES = {"flash": "dense-flash", "vq-scan": "vq-associative"}
 DEFAULT_VARIANTS = ("dense-flash", "vq-serial", "vq-associative", "vq-matmul")
-SSM_ONLY = ("ops",)
-TRAINING_ONLY = (
-    "lengths", "head", "tokens", "warmup", "remat", "overrides", "devices", "op", "original",
-    "isolate",
-)  # fmt: skip
-
+# Options by the suites that have them; the others (--out, --json) are for all.
+OPTIONS = {
+    "training": (
+        "lengths", "variants", "head", "tokens", "steps", "warmup", "remat", "overrides", "devices",
+        "op", "original", "isolate",
+    ),
+    "ssm": ("ops", "variants", "steps"),
+    "aim": ("sizes", "batch", "only", "repeats", "steps", "remat", "isolate"),
+}  # fmt: skip
 TAKEN = {
     "net.attention": "--variants", "net.reduction": "--variants", "net.head_type": "--head",
     "data.sequence_len": "--lengths", "data.update_len": "--lengths", "batch_size": "--tokens",
@@ -54,13 +57,16 @@ TAKEN = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `lintime bench` to its (sub)parser."""
+    from . import bench_aim
+
     add = parser.add_argument
     add(
         "suite",
         nargs="?",
         default="training",
         choices=SUITES,
-        help="training steps (default), or ssm: state-space cores (--ops, --steps, --variants)",
+        help="training steps (default); ssm: state-space cores (--ops, --steps, --variants); aim: "
+        "images, sampled and trained on (--sizes, --batch, --only, --repeats, --steps, --remat)",
     )
     add("--ops", nargs="+", metavar="OP", default=[], help="ssm: which ops (default all)")
     add("--lengths", nargs="+", metavar="T", default=[],
@@ -82,8 +88,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="show the original JAX code's figures besides (H200 at the defaults)")  # fmt: skip
     add("--isolate", action=argparse.BooleanOptionalAction, default=None,
         help="one process per measurement (default: on an accelerator)")  # fmt: skip
+    bench_aim.add_arguments(parser)
     add("--out", default="runs/bench", metavar="DIR",
-        help="for bench.md, .json and .png, or op.md and .json (default runs/bench)")  # fmt: skip
+        help="for bench.md, .json and .png (ssm.*, aim.*, op.*; default runs/bench)")  # fmt: skip
     add("--json", action="store_true", help="print the JSON instead of the tables")
 
 
@@ -91,9 +98,11 @@ def bench(arguments: argparse.Namespace) -> dict[str, Any]:
     """Run the suite that the arguments name.
 
     Raises:
-        UserError: see `bench_training` and `bench_ssm.bench`; or an option of another suite.
+        UserError: see `bench_training`, `bench_ssm.bench`, `bench_aim.bench`; or an option of
+            another suite.
     """
-    other = SSM_ONLY if arguments.suite == "training" else TRAINING_ONLY
+    other = {name for names in OPTIONS.values() for name in names}
+    other -= set(OPTIONS[arguments.suite])
     parser = argparse.ArgumentParser(add_help=False)
     add_arguments(parser)
     for action in parser._actions:
@@ -101,10 +110,11 @@ def bench(arguments: argparse.Namespace) -> dict[str, Any]:
             raise UserError(f"{action.option_strings[0]} does not apply to bench {arguments.suite}")
     if arguments.suite == "training":
         return bench_training(arguments)
-    from . import bench_ssm
+    from . import bench_aim, bench_ssm
 
-    samples = _whole(arguments.steps or "10", "--steps")
-    return bench_ssm.bench(arguments, command_line(arguments), samples)
+    suite = {"ssm": bench_ssm, "aim": bench_aim}[arguments.suite]
+    steps = _whole(arguments.steps or "10", "--steps")
+    return suite.bench(arguments, command_line(arguments), steps)
 
 
 def bench_training(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -241,6 +251,10 @@ def _do(job: dict[str, Any]) -> dict[str, Any]:
 
     if job["kind"] == "device":
         return measure.describe_device()
+    if job["kind"].startswith("aim-"):
+        from . import bench_aim
+
+        return bench_aim.work(job)
     if job["kind"] == "check":
         return {v: _check(measure, from_json(run)) for v, run in job["runs"].items()}
     run = from_json(job["run"])

@@ -21,7 +21,8 @@ from .mesh import check_batch, make_mesh, put_batch, state_shardings
 from .metrics import forward_flops
 from .schema import Run
 from .step import init_state, make_train_step
-from .tasks import DTYPES, make_task
+from .task import DTYPES
+from .tasks import make_task
 
 CHECK_BLOCKS = 4  # enough for the reductions to differ in their order of merging
 # Largest relative L2 errors (value, gradient) a variant may show before it is timed.

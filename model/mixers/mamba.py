@@ -17,12 +17,13 @@ from ...kernels_pallas import ssd_decode
 from ...kernels_pallas.causal_conv1d import causal_conv1d
 from ...kernels_pallas.selective_scan import selective_scan, selective_scan_step
 from ...kernels_pallas.ssd import ssd, ssd_step
+from ...kernels_pallas.ssd.prepare import gate
 from ...kernels_pallas.time_axis import resets_from_segments
 from ..layers.mlp import uniform_fan_in
 from ..layers.norms import GatedRMSNorm
 from ..partition import constrain
 from .contract import enter_segments, refuse_context, row_lengths
-from .mamba_decode import CACHES, DualCache, RecurrentCache, conv_step, dual_step
+from .mamba_decode import CACHES, DualCache, RecurrentCache, conv_step
 
 
 class MambaState(NamedTuple):
@@ -406,22 +407,25 @@ class Mamba2(_Recurrent):
         d_mlp, d_ssm, heads = self.sizes()
         z0, x0, z, xbc, dt = self._split(constrain(self.in_proj(u), "batch", "features"))
         xbc, conv = self.conv1d(xbc, window=state.conv, offset=getattr(state, "offset", None))
-        x, b, c = jnp.split(xbc, [d_ssm, d_ssm + self.ngroups * self.d_state], axis=-1)
         to_heads = lambda a: a.reshape(-1, heads, self.headdim)
         to_groups = lambda a: a.reshape(-1, self.ngroups, self.d_state)
-        operands = (
-            to_heads(x), dt, -jnp.exp(self.A_log), to_groups(b), to_groups(c), self._skip(),
-            None if self.rmsnorm else to_heads(z),
-        )  # fmt: skip
         options = dict(
             dt_bias=self.dt_bias, dt_softplus=True, dt_limit=self.dt_limit or (0.0, math.inf)
         )
+        A, D = -jnp.exp(self.A_log), self._skip()
         if isinstance(state, DualCache):
-            y, tokens = dual_step(*operands, **options, cache=state.tokens, offset=state.offset)
+            y, tokens = ssd_decode.ssd_decode_step(
+                state.tokens, xbc, dt, A, D, index=state.offset, **options
+            )
             state = DualCache(conv, tokens, state.offset + 1)
         else:
-            y, ssm = ssd_step(*operands, **options, state=state.ssm)
+            x, b, c = jnp.split(xbc, [d_ssm, d_ssm + self.ngroups * self.d_state], axis=-1)
+            y, ssm = ssd_step(
+                to_heads(x), dt, A, to_groups(b), to_groups(c), D, **options, state=state.ssm
+            )
             state = _after(state, conv, ssm)
+        if not self.rmsnorm:
+            y = gate(y, to_heads(z))
         y = constrain(y.reshape(-1, d_ssm), "batch", "features")
         if self.rmsnorm:
             y = self.norm(y, z)

@@ -14,7 +14,6 @@ writes one slot instead of moving them all. All rows have read equally many toke
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
 import jax
@@ -22,7 +21,6 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from ...kernels_pallas import ssd_decode
-from ...kernels_pallas.ssd.prepare import activate, gate
 
 CACHES = ("recurrent", "dual")
 
@@ -114,34 +112,3 @@ def conv_step(
     elif before:
         window = lax.dynamic_update_slice_in_dim(window, new, slot, axis=1)
     return jax.nn.silu(total).astype(x.dtype), window
-
-
-def dual_step(
-    x: Array,
-    dt: Array,
-    A: Array,
-    B: Array,
-    C: Array,
-    D: Array,
-    z: Array | None = None,
-    *,
-    dt_bias: Array | None = None,
-    dt_softplus: bool = False,
-    dt_limit: tuple[float, float] = (0.0, math.inf),
-    cache: ssd_decode.DualCache,
-    offset: Array,
-) -> tuple[Array, ssd_decode.DualCache]:
-    """`ssd_step` in the dual form: the same arguments, but for a cache instead of the state.
-
-    Args:
-        cache: of the tokens before, with a slot left. offset: [] int32 number of this token.
-
-    Returns:
-        y [B, H, P] in x's dtype and the cache with the token in it. Weights, sums and what follows
-        them are float32; the inputs are kept in the cache's dtype.
-    """
-    dt = activate(dt, dt_bias, dt_softplus, dt_limit)
-    cache = ssd_decode.append(cache, x, dt, dt * A, B, offset)
-    y = ssd_decode.ssd_decode(cache, C, offset)
-    y = y + D.reshape(D.shape[0], -1) * x.astype(y.dtype)
-    return (y.astype(x.dtype) if z is None else gate(y, z.astype(x.dtype))), cache
