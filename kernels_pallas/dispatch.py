@@ -7,6 +7,7 @@ Pallas' interpreter, which is for tests: it is slow and shows what the kernel co
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Collection, Mapping
 from fnmatch import fnmatchcase
 from types import MappingProxyType
@@ -150,3 +151,26 @@ def resolve(
         f"{op}: {wanted} {'exists' if implementation is None else reason} on {device!r}; "
         f"there is {choices} (None picks the best)"
     )
+
+
+def compiled_once(*static: int):
+    """Decorator of a function that runs GPU kernels: jit, so that a net's many layers of one shape
+    share one trace, lowering and compilation of each kernel (seconds apiece), looped or not.
+
+    Args:
+        static: positions of arguments that are no arrays.
+    """
+
+    def wrap(function):
+        @functools.partial(jax.jit, static_argnums=(0, *(i + 1 for i in static)))
+        def run(interpreted, *args):
+            del interpreted  # another program: in the cache's key
+            return function(*args)
+
+        @functools.wraps(function)
+        def call(*args):
+            return run(bool(interpret("gpu")), *args)
+
+        return call
+
+    return wrap

@@ -394,6 +394,7 @@ def _operands(plan, x, weight, bias, state, resets, **more) -> dict[str, Array]:
     return inputs
 
 
+@dispatch.compiled_once(0)
 def _forward(static, x, weight, bias, state, resets):
     silu, reverse = static
     plan = _Plan("forward", x, weight.shape[0], not reverse, silu)
@@ -406,6 +407,7 @@ def _rule_forward(static, *operands):
     return _forward(static, *operands), operands
 
 
+@dispatch.compiled_once(0)
 def _rule_backward(static, operands, dy):
     (silu, reverse), (x, weight, bias, state, resets) = static, operands
     _, t_len, channels = x.shape

@@ -365,6 +365,7 @@ def _joined(plan: _Plan, a: Parts, x: Parts, first: Parts, adjoint: bool) -> Par
     return scan_forward(*_chunk_steps(plan, a, x, adjoint), first, False)[0]
 
 
+@dispatch.compiled_once(3)
 def scan_forward(a, x, state, reverse):
     """Forward pass, as `pairs.with_gradient` takes it."""
     n, (_, t_len, width) = len(a), x[0].shape
@@ -380,6 +381,7 @@ def scan_forward(a, x, state, reverse):
     return tuple(p[:, :t_len, :width] for p in h), tuple(p[:, :width] for p in last)
 
 
+@dispatch.compiled_once(5)
 def scan_backward(a, h, state, ct, ct_last, reverse):
     """Backward pass, as `pairs.with_gradient` takes it."""
     n, (_, t_len, width) = len(a), h[0].shape

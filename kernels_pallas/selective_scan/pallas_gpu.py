@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from .. import dispatch
 from ..compat import vary
 from ..time_axis import join_chunks, pad_time
 from .fused import NO_STEP
@@ -109,11 +110,11 @@ def selective_scan_gpu(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _scan(static, *operands):
-    return _forward(static, operands, save=False)[:2]
+    return _forward(static, operands, False)[:2]
 
 
 def _scan_fwd(static, *operands):
-    out, last, saved = _forward(static, operands, save=True)
+    out, last, saved = _forward(static, operands, True)
     return (out, last), (operands, saved)
 
 
@@ -152,6 +153,7 @@ def _entering(named, cut, first, count, static, mode):
     return entering.reshape(alone["last"].shape)
 
 
+@dispatch.compiled_once(0, 2)
 def _forward(static, operands, save):
     """(out, last state, (saved states, y before the gate) if `save`)."""
     softplus, reverse, count = static
@@ -167,6 +169,7 @@ def _forward(static, operands, save):
     return result["out"].reshape(named["u"].shape), last, kept
 
 
+@dispatch.compiled_once(0)
 def _scan_bwd(static, residuals, cotangents):
     """Gradients of all operands, in their order."""
     operands, (saved, plain) = residuals

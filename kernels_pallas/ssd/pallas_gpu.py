@@ -335,7 +335,8 @@ def _first_states(call, cs, counts, state, split, reverse=False):
     return join_chunks(decays, own, first, reverse=reverse)[0]
 
 
-def _forward(x, dt, a, B, C, D, state, resets, out_dtype, every=0):
+@dispatch.compiled_once(8, 9)
+def _forward(x, dt, a, B, C, D, state, resets, out_dtype, every):
     """(y, final state, states entering every `every`-th chunk [B, c, H, N, P] or None)."""
     batch, t_len, heads, _ = x.shape
     split = segments(batch, heads, -(-t_len // Q))
@@ -349,14 +350,14 @@ def _forward(x, dt, a, B, C, D, state, resets, out_dtype, every=0):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(8,))
 def _ssd(x, dt, a, B, C, D, state, resets, out_dtype):
-    return _forward(x, dt, a, B, C, D, state, resets, out_dtype)[:2]
+    return _forward(x, dt, a, B, C, D, state, resets, out_dtype, 0)[:2]
 
 
 def _ssd_fwd(*args):
     operands, out_dtype = values(args[:8]), args[8]
     if operands[0].shape[1] <= Q and operands[6] is None:  # a single chunk: nothing enters it
         return _ssd(*operands, out_dtype), (operands, None)
-    y, final, states = _forward(*operands, out_dtype, every=1)
+    y, final, states = _forward(*operands, out_dtype, 1)
     return (y, final), (operands, states)
 
 
@@ -364,11 +365,16 @@ def _ssd_bwd(out_dtype, residuals, cotangents):
     operands, states = residuals
     if states is None:
         return (*backward(operands, None, *cotangents, Q), None)
-    x, dt, a, B, C, D, state, resets = operands
-    batch, t_len, heads, _ = x.shape
-    dy, dfinal = cotangents
+    x, (dy, dfinal) = operands[0], cotangents
     dy = vary(jnp.zeros(x.shape, x.dtype), x) if isinstance(dy, SymbolicZero) else dy
     dfinal = None if isinstance(dfinal, SymbolicZero) else dfinal
+    return *_backward(*operands, states, dy, dfinal), None
+
+
+@dispatch.compiled_once()
+def _backward(x, dt, a, B, C, D, state, resets, states, dy, dfinal):
+    """Gradients of the operands but for `resets`."""
+    batch, t_len, heads, _ = x.shape
     split = segments(batch, heads, -(-t_len // Q))
     cs, vec, counts = _cut_in_time(dt, a, resets, split)
     x, dy, B, C = (pad_time(v.astype(x.dtype), Q * split) for v in (x, dy, B, C))
@@ -376,7 +382,7 @@ def _ssd_bwd(out_dtype, residuals, cotangents):
     first = _first_states(call, cs, counts, dfinal, split, reverse=True)
     leaving, last = call(None, first, summary=True, every=1)
     grads = gradients(x, B, C, D, dy, cs, vec, counts, states, leaving, t_len)
-    return *grads, None if state is None else last[:, 0].swapaxes(2, 3), None
+    return *grads, None if state is None else last[:, 0].swapaxes(2, 3)
 
 
 _ssd.defvjp(_ssd_fwd, _ssd_bwd, symbolic_zeros=True)
