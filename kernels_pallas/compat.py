@@ -196,6 +196,16 @@ def gpu_load(ref: Any, layout: Any) -> Any:
     return mosaic_gpu.load(ref, *where, layout=layout, optimized=False)
 
 
+def gpu_store(ref: Any, value: Any) -> None:
+    """Registers to a piece of HBM, or of shared memory, however short, in a Mosaic GPU kernel."""
+    from jax.experimental.pallas import mosaic_gpu
+
+    if hasattr(mosaic_gpu, "store"):
+        mosaic_gpu.store(ref, value, optimized=False)
+    else:
+        ref[...] = value
+
+
 def jaxpr_eqns(jaxpr: Any) -> list:
     """Equations of a result of `jax.make_jaxpr`, of `traced.jaxpr`, or of an inner jaxpr."""
     return list(getattr(jaxpr, "jaxpr", jaxpr).eqns)
