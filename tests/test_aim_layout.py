@@ -230,7 +230,7 @@ def test_wrong_arrays_give_one_message():
         "layer 1: unknown parameters more": flat | {f"{layer}more": np.zeros(2)},
         r"scale_shift_table has shape \(3, 16\), expected \(1, rows, d\)": flat
         | {f"{layer}scale_shift_table": np.zeros((3, 16), np.float32)},
-        "backbone.norm_f.weight.* is neither under mamba. nor under vqvae.": flat
+        "backbone.adaln_group.1.bias, .* is neither under mamba. nor under vqvae.": flat
         | {"vqvae.x": np.zeros(2)},
         r"position_embedding has shape \(9, 16\), expected \(7, 16\)": flat
         | {"backbone.embeddings.position_embeddings.weight": np.zeros((9, 16), np.float32)},

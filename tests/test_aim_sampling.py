@@ -17,9 +17,9 @@ LABELS = np.array([0, 3, 4, 1])
 
 
 @functools.cache
-def sampler_of(unroll=False, state_dtype=None, logits=True, **changes):
+def sampler_of(unroll=None, state_dtype=None, **changes):
     net, variables = make_net(**(CHEAP | changes))
-    draw = make_class_sampler(net, unroll=unroll, state_dtype=state_dtype, return_logits=logits)
+    draw = make_class_sampler(net, unroll=unroll, state_dtype=state_dtype, return_logits=True)
     return functools.partial(draw, variables)
 
 

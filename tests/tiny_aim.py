@@ -25,7 +25,7 @@ def make_config(**changes) -> AiMConfig:
 
 def random_variables(net: AiM, seed: int = 0):
     """Variables made of random numbers, without compiling the net's `init`; nothing is zero."""
-    codes, labels = jnp.zeros((1, 2), jnp.int32), jnp.zeros((1,), jnp.int32)
+    codes, labels = jnp.zeros((1, 1), jnp.int32), jnp.zeros((1,), jnp.int32)
     shapes = jax.eval_shape(net.init, {"params": jax.random.key(0)}, codes, labels)
     rng = np.random.default_rng(seed)
 

@@ -1,6 +1,15 @@
 """Jitted samplers."""
 
-from .filters import draw, filter_logits, nucleus_filter, top_k_filter
+from .classes import guidance_schedule, make_class_sampler, row_keys
+from .filters import (
+    draw,
+    filter_logits,
+    keep_likely,
+    keep_nucleus,
+    keep_top_k,
+    nucleus_filter,
+    top_k_filter,
+)
 from .text import (
     EOS,
     PAD,
@@ -26,7 +35,12 @@ __all__ = [
     "cast_weights",
     "draw",
     "filter_logits",
+    "guidance_schedule",
     "init_stream",
+    "keep_likely",
+    "keep_nucleus",
+    "keep_top_k",
+    "make_class_sampler",
     "make_sampler",
     "make_stream",
     "next_logits",
@@ -34,5 +48,6 @@ __all__ = [
     "nucleus_filter",
     "pack_prompts",
     "push",
+    "row_keys",
     "top_k_filter",
 ]
