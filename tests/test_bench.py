@@ -141,7 +141,7 @@ def test_defaults_on_an_accelerator_are_the_throughput_configuration(device, tmp
     net, run = report["config"]["net"], report["config"]
     sizes = ("n_layer", "d_model", "d_k", "n_code", "block_len", "mem_len", "head_type")
     assert [net[k] for k in sizes] == [12, 768, 128, 512, 512, 512, "shga"]
-    assert run["precision"] == {"compute": "bfloat16", "remat": "full"}
+    assert run["precision"] == {"compute": "bfloat16", "remat": "full", "unroll": False}
     steps = [j for j in jobs if j["kind"] == "steps"]
     assert all(j["isolate"] and j["alone"] for j in steps) and len(steps) == 12
     shapes = {(j["run"]["batch_size"], j["run"]["data"]["sequence_len"]) for j in steps}

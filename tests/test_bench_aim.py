@@ -89,9 +89,10 @@ def test_a_form_that_differs_is_not_timed(device, tmp_path, capsys):
     wrong = lambda job: job["kind"] == "aim-check" and job["form"]["cache"] == "dual"
     jobs = device(lambda job: {"error": float("nan")} if wrong(job) else {})
     words = ["bench", "aim", "--only", "dual,recurrent", "--batch", "8", "--out", str(tmp_path)]
-    assert main(words) == 2
+    assert main([*words, "--set", "net.n_layer=3", "precision.unroll=true"]) == 2
     timed = [job for job in jobs if job["kind"] == "aim-generate"]
     assert [job["form"]["cache"] for job in timed] == ["recurrent"] and timed[0]["batch"] == 8
+    assert timed[0]["run"]["net"]["n_layer"] == 3 and timed[0]["run"]["precision"]["unroll"]
     assert "dual float32, dual bfloat16: the sampler's logits differ" in capsys.readouterr().err
     assert "unchecked" in (tmp_path / "aim.md").read_text()
 

@@ -46,7 +46,7 @@ OPTIONS = {
         "op", "original", "isolate",
     ),
     "ssm": ("ops", "variants", "steps"),
-    "aim": ("sizes", "batch", "only", "repeats", "steps", "remat", "isolate"),
+    "aim": ("sizes", "batch", "only", "repeats", "steps", "remat", "overrides", "isolate"),
 }  # fmt: skip
 TAKEN = {
     "net.attention": "--variants", "net.reduction": "--variants", "net.head_type": "--head",

@@ -24,6 +24,7 @@ from .bench_aim_report import TRAINING, markdown, picture, row
 from .config_files import from_json, to_json
 from .errors import UserError
 from .files import write_atomic
+from .override import apply_overrides
 from .schema import CodeData, Optim, Precision, Run
 
 COMMON = {"conditioning": "adaln_group", "num_groups": 4}
@@ -298,8 +299,8 @@ def bench(arguments: argparse.Namespace, command: str, steps: int) -> dict[str, 
     """Run the benchmark; prints and writes aim.md, aim.json and aim.png, and returns the report.
 
     Args:
-        arguments: sizes, batch, only, repeats, remat, isolate, out and json. command: for the
-            report. steps: timed training steps.
+        arguments: sizes, batch, only, repeats, remat, overrides, isolate, out and json.
+        command: for the report. steps: timed training steps.
 
     Raises:
         UserError: bad arguments; or a form differs from teacher forcing (the others' figures are
@@ -334,10 +335,11 @@ def bench(arguments: argparse.Namespace, command: str, steps: int) -> dict[str, 
             report["checks"][f"{part} {name}"] = result | {"ok": bool(fine)}
     wrong = [name for name, result in report["checks"].items() if not result["ok"]]
     for size in dict.fromkeys(sizes):
+        run = make_run(SIZES[size], batch, dtype, arguments.remat or "none")
+        run = apply_overrides(run, arguments.overrides)
         for part in dict.fromkeys(parts):
             _say(f"{size} {part} ...")
-            point = {"size": size, "part": part, "batch": batch, "tokens": SIZES[size].num_tokens}
-            run = make_run(SIZES[size], batch, dtype, arguments.remat or "none")
+            point = {"size": size, "part": part, "batch": batch, "tokens": run.net.num_tokens}
             job = {"run": to_json(run), "dtype": dtype, "batch": batch, "repeats": repeats}
             if part == TRAINING:
                 point |= _work(job | {"kind": "aim-train", "steps": steps}, isolate)
@@ -346,7 +348,7 @@ def bench(arguments: argparse.Namespace, command: str, steps: int) -> dict[str, 
             else:
                 form = FORMS[part]
                 job |= {"kind": "aim-generate", "form": dataclasses.asdict(form)}
-                point |= floors(SIZES[size], form, 2 * batch, dtype, peak or copy)
+                point |= floors(run.net, form, 2 * batch, dtype, peak or copy)
                 point |= _work(job, isolate)
             report["points"].append(point)
             text = markdown(report)

@@ -9,7 +9,6 @@ from jax import Array
 
 from ..model.nets.mamba_lm import MambaConfig, MambaLM
 from ..model.nets.transformer_vq import TransformerVQ, TransformerVQConfig, absorb
-from .data import gzip_bits_per_byte, raw_validation_bytes
 from .errors import UserError
 from .task import Task
 
@@ -118,6 +117,8 @@ class LanguageModelTask(Task):
         """Bits per byte of `gzip -9` on the bytes that the validation predicts."""
         if self.run.data.vocab != "bytes":
             return {}
+        from .data import gzip_bits_per_byte, raw_validation_bytes  # a benchmark reads no data
+
         return {
             "gzip_bits_per_byte": gzip_bits_per_byte(raw_validation_bytes(data, batches or None))
         }
