@@ -45,7 +45,7 @@ from .cache import DualCache
 TILE = 16  # tokens of a copy: 8, 16 or 32
 STAGES = 2  # tiles of a block in shared memory
 WARPGROUPS = 3  # blocks of heads of a program, at most
-PROGRAMS = 132  # at least, else fewer blocks each
+PROGRAMS = 128  # at least, about one a multiprocessor, else fewer blocks each
 _LOG2E = math.log2(math.e)
 
 
