@@ -16,7 +16,7 @@ from . import convert_tokenizer
 from .arrays import load_weights
 from .errors import UserError
 from .override import apply_overrides
-from .schema import CodeData, ImageData, ImageSample, Run
+from .schema import CodeData, ImageData, ImageSample, Precision, Run
 from .stages import resolve, stage_dir
 from .tokenizer import load_tokenizer
 
@@ -57,6 +57,7 @@ def to_run(
         run = config or Run(
             net=net,
             data=CodeData(tokenizer="stage:0" if tokenizer else "", images=ImageData(path="")),
+            precision=Precision(compute="bfloat16"),  # as it was trained
             sample=DEMO,
         )
         if tokenizer and not run.stages:

@@ -27,7 +27,7 @@ from .validate import validate
 
 # Groups of fields that each command reads; a run's other settings are those it was trained with.
 EVAL_FIELDS = ("data", "eval", "mesh", "precision", "batch_size", "sample")
-SAMPLE_FIELDS = ("sample", "data.vocab", "data.tokenizer")
+SAMPLE_FIELDS = ("sample", "precision", "data.vocab", "data.tokenizer")
 
 
 def finish(run: Run, result: Result, words: Sequence[str]) -> None:
@@ -180,10 +180,11 @@ def _load(run_dir: str | Path, run: Run, step: int | None):
     """The weights, with what `run` names besides checked against what it was trained with."""
     from .load import load
 
+    options = dict(step=step, precision=run.precision)
     if isinstance(run.data, Data):
-        loaded = load(run_dir, step=step, vocab=run.data.vocab)
+        loaded = load(run_dir, vocab=run.data.vocab, **options)
         _ = loaded.vocab  # raises UserError if it is another one
         return loaded
     if isinstance(run.data, CodeData):
-        return load(run_dir, step=step, tokenizer=resolve(run.data.tokenizer, run_dir))
-    return load(run_dir, step=step)
+        return load(run_dir, tokenizer=resolve(run.data.tokenizer, run_dir), **options)
+    return load(run_dir, **options)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import os
 from collections.abc import Iterator
@@ -23,7 +24,7 @@ from .loaded import LoadedRun
 from .loaded_images import LoadedImages
 from .loaded_text import LoadedText
 from .published import HUB_NAME, fetch, load_published
-from .schema import Run
+from .schema import Precision, Run
 from .tasks import make_task
 from .tokenizer import LoadedTokenizer
 
@@ -41,6 +42,7 @@ def load(
     *,
     step: int | None = None,
     ema: bool = True,
+    precision: Precision | None = None,
     **options,
 ) -> LoadedRun:
     """Load a run directory, or a directory written by `lintime convert`, for inference.
@@ -50,6 +52,7 @@ def load(
             model.safetensors), or the name of such a model on the hub (`hp-l33/aim-base`).
         step: checkpoint to load; the newest unless given.
         ema: prefer the moving average of the weights where the run keeps one.
+        precision: in which to compute, if not as in training.
         options: of the kind of run: `vocab` for text, `tokenizer` for images; where that file or
             run is now, if not where the config says.
 
@@ -65,13 +68,14 @@ def load(
             )
         path = fetch(name)
     if not (path / FOLDER).is_dir() and any((path / file).is_file() for file in WEIGHTS.values()):
-        return load_published(path, LOADED, **options)
+        return load_published(path, LOADED, precision, **options)
     if not (path / "config.json").is_file():
         raise UserError(
             f"{path} is not a run directory: it has no config.json; name one that "
             "`lintime train` or `lintime convert` wrote"
         )
     config = read_config(path / "config.json")
+    config = dataclasses.replace(config, precision=precision or config.precision)
     with _errors_only("absl"):  # orbax warns that a checkpoint opened for reading is read-only
         restored, step, fingerprint = _restore(config, path, step, ema)
     return LOADED[type(config.net)](

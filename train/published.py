@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from . import convert_aim
 from .arrays import check_weights, config_beside, read_arrays, read_hyperparameters
 from .convert import recognise
 from .errors import UserError
+from .schema import Precision
 
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 FILES = ("*.json", "*.safetensors", "*.bin")
@@ -41,11 +43,12 @@ def fetch(name: str) -> Path:
         ) from error
 
 
-def load_published(source: Path, loaded: dict, **options):
+def load_published(source: Path, loaded: dict, precision: Precision | None = None, **options):
     """A run in memory from arrays in a published layout and the config.json beside them.
 
     Args:
-        source: file or folder. loaded: kind of net -> class of loaded run. options: of that class.
+        source: file or folder. loaded: kind of net -> class of loaded run.
+        precision: in which to compute. options: of the class of loaded run.
 
     Raises:
         UserError: not readable, or of no known layout.
@@ -58,6 +61,7 @@ def load_published(source: Path, loaded: dict, **options):
         flat, layout=None, config=config, reference=reference, overrides=(), source=source
     )
     check_weights(run, variables, source)
+    run = dataclasses.replace(run, precision=precision or run.precision)
     if system is convert_aim and (found := convert_aim.tokenizer_of(flat, source)):
         from .tokenizer import LoadedTokenizer
 

@@ -64,10 +64,17 @@ def dual_segments(cache: Any, total: int, piece: int) -> tuple[int, ...]:
         Ends of the segments, the last one `total`; `resize` the cache to each end before its
         segment. Only (total,) if nothing in `cache` reads empty slots.
     """
+    if has_kernel(cache) or not any(isinstance(node, DualCache) for node in _nodes(cache)):
+        return (total,)
+    return (*range(piece, total, piece), total)
+
+
+def has_kernel(cache: Any) -> bool:
+    """Whether every `DualCache` in a pytree of caches (or their shapes), and at least one, is read
+    by a kernel that reads no empty slots."""
     found = [node for node in _nodes(cache) if isinstance(node, DualCache)]
-    if any(ssd_decode.implementation_for(node.tokens) != "pallas_gpu" for node in found):
-        return (*range(piece, total, piece), total)
-    return (total,)
+    kinds = {ssd_decode.implementation_for(node.tokens) for node in found}
+    return kinds == {"pallas_gpu"}
 
 
 def resize(cache: Any, slots: int) -> Any:

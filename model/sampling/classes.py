@@ -18,8 +18,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from ..mixers.mamba_decode import dual_segments, resize
+from ..mixers.mamba_decode import dual_segments, has_kernel, resize
 from .filters import keep_likely
+
+DUAL_TOKENS = 512  # reading n tokens is on average n/2 (d + N) numbers, a state 2 d N
 
 SCHEDULES = {
     "constant": jnp.ones_like,
@@ -94,11 +96,20 @@ def _check(net, keys, labels, guidance):
         )
 
 
+def _best_cache(net, rows: int) -> str:
+    """See `make_class_sampler`."""
+    c = net.config
+    if c.mixer != "mamba2" or c.num_tokens > DUAL_TOKENS:
+        return "recurrent"
+    state = jax.eval_shape(lambda: net.init_state(rows, unroll=True, cache="dual"))
+    return "dual" if has_kernel(state) else "recurrent"
+
+
 def make_class_sampler(
     net,
     *,
     unroll: bool | None = None,
-    cache: str = "recurrent",
+    cache: str | None = None,
     state_dtype=None,
     piece: int = 64,
     return_logits: bool = False,
@@ -109,7 +120,8 @@ def make_class_sampler(
         net: AiM; its dtype decides in which precision the weights are read.
         unroll: compile every block on its own, see `AiM.step`; None does where the cache needs it.
         cache, state_dtype: what the mixers carry from token to token, and its dtype; see
-            `AiM.init_state`.
+            `AiM.init_state`. None takes the dual form where a kernel reads it and images are short
+            enough for it to be the lesser traffic (`DUAL_TOKENS`), else the recurrent one.
         piece: where a dual cache is read whole, it grows by this many tokens, and the program has
             as many copies of a step.
         return_logits: also return the guided logits, before temperature and filters.
@@ -132,7 +144,7 @@ def make_class_sampler(
     `net.decoding_variables` saves that, and the memory, once for all.
     """
     c = net.config
-    unroll = cache == "dual" if unroll is None else unroll
+    asked_cache, asked_unroll = cache, unroll
 
     def run(variables, keys, labels, guidance, temperature, top_k, top_p):
         batch = labels.shape[0]
@@ -140,6 +152,8 @@ def make_class_sampler(
         if guided:
             labels = jnp.concatenate([labels, jnp.full_like(labels, c.num_classes)])
             guidance = jnp.broadcast_to(guidance, (c.num_tokens, batch))[:, :, None]
+        cache = asked_cache or _best_cache(net, labels.shape[0])
+        unroll = cache == "dual" if asked_unroll is None else asked_unroll
         modulation = net.apply(variables, labels, method="modulation")
         variables = net.decoding_variables(variables, unroll=unroll)
         begin = lambda slots: net.init_state(
