@@ -125,13 +125,17 @@ def draw(
 
 
 def _ascending(logits: Array) -> tuple[Array, Array]:
-    """The logits and, for the filters below, their values sorted.
+    """The logits and, for the filters below, their values sorted: both [..., V] float32.
 
     The barrier keeps XLA from computing the logits anew, rounded otherwise, where they are compared
-    with a threshold that is one of the sorted values.
+    with a threshold that is one of the sorted values. Whole numbers in the order of the logits
+    sort faster than these, on a CPU more than twice as fast.
     """
-    logits = lax.optimization_barrier(logits)
-    return logits, jnp.sort(logits, axis=-1, stable=False)
+    logits = lax.optimization_barrier(logits.astype(jnp.float32))
+    flip = lambda bits: jnp.where(bits < 0, bits ^ 0x7FFFFFFF, bits)  # its own inverse
+    bits = lax.bitcast_convert_type(jnp.where(logits == 0, 0.0, logits), jnp.int32)  # -0 is 0
+    ordered = jnp.sort(flip(bits), axis=-1, stable=False)
+    return logits, lax.bitcast_convert_type(flip(ordered), jnp.float32)
 
 
 def _at(x: Array, place: Array) -> Array:
@@ -178,7 +182,7 @@ def _top_k(x: Array, ascending: Array, k: Array | int) -> Array:
 def _nucleus(x: Array, ascending: Array, p: Array | float) -> Array:
     """`keep_nucleus` of x, whose sorted values are given."""
     p = _per_row(p, jnp.float32)
-    probs = jnp.exp((ascending - ascending[..., -1:]).astype(jnp.float32))  # times their sum
+    probs = jnp.exp(ascending - ascending[..., -1:])  # times their sum
     first = _passing(probs, (1.0 - p) * jnp.sum(probs, axis=-1, keepdims=True))
     least = _at(ascending, first)
     # Of the entries equal to the least one kept, those of lower index go first.
