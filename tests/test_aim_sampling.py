@@ -95,7 +95,48 @@ def test_filters_follow_each_other():
         want = top_p_by_definition(np.where(first, row, np.float32(DROPPED)), 0.7)
         np.testing.assert_array_equal(kept > DROPPED, want)
     np.testing.assert_array_equal(keep_likely(x, temperature=0.0), x)
-    assert "sort" not in str(jax.make_jaxpr(lambda x: keep_likely(x, top_k=6, top_p=0.7))(x))
+    for settings, sorts in ((dict(top_k=6, top_p=0.7), 1), (dict(top_p=0.7), 1), ({}, 0)):
+        jaxpr = str(jax.make_jaxpr(functools.partial(keep_likely, **settings))(x))
+        assert jaxpr.count(" sort[") == sorts and "cumsum" not in jaxpr
+
+
+def test_filters_with_masked_entries_and_extreme_settings():
+    """Each row with its own k and p, many ties, and entries that a mask took out."""
+    rng = np.random.default_rng(3)
+    for size in (1, 2, 37, 64, 130):
+        x = np.round(rng.standard_normal((200, size)) * 2).astype(np.float32) * np.float32(0.7)
+        x[:, 1:][rng.random((200, size - 1)) < 0.3] = -np.inf
+        x[:, 1:][rng.random((200, size - 1)) < 0.1] = -1e30
+        x[:, 1:][rng.random((200, size - 1)) < 0.1] = DROPPED
+        k = rng.choice([0, 1, 2, size // 2, size - 1, size, size + 1, 10**9], 200).astype(np.int32)
+        p = rng.choice([1e-9, 1e-3, 0.137, 0.613, 0.98, 0.9999, 1.0], 200).astype(np.float32)
+        got = np.asarray(jax.jit(keep_likely)(x, top_k=k, top_p=p))
+        for row, kept, k_of, p_of in zip(x, got, k, p):
+            want = np.where(top_k_by_definition(row, k_of), row, np.float32(DROPPED))
+            if p_of < 1:
+                want = np.where(top_p_by_definition(want, p_of), want, np.float32(DROPPED))
+            np.testing.assert_array_equal(kept, want)
+
+
+def test_filters_of_a_large_vocabulary():
+    rng = np.random.default_rng(4)
+    x = rng.standard_normal((24, 16384)).astype(np.float32) * np.repeat([1, 3, 9], 8)[:, None]
+    x = x.astype(np.float32)
+    x[::2] = np.round(x[::2], 2)  # ties
+    both = jax.jit(keep_likely)
+    for k, p in ((0, 0.98), (600, 0.98), (600, 0.3), (9000, 0.9), (1, 0.98)):
+        got = np.asarray(both(x, top_k=k, top_p=p)) > DROPPED
+        for row, kept in zip(x, got):
+            left = np.where(top_k_by_definition(row, k), row.astype(np.float64), -np.inf)
+            order, e = np.argsort(left, kind="stable"), np.exp(left - left.max())
+            reached = np.cumsum(e[order]) / e.sum()
+            # Sums are float32: entries at the border may go either way, but only from below.
+            clear = np.abs(reached - (1 - p)) > 1e-5
+            clear[-1] = True
+            want = reached > 1 - p
+            np.testing.assert_array_equal(kept[order][clear], want[clear])
+            assert (np.diff(kept[order].astype(int)) >= 0).all()
+            assert kept.any() and (~clear).sum() < 20
 
 
 def test_drawn_tokens_have_the_filtered_distribution():

@@ -5,11 +5,13 @@ either one for all rows or one per row, so that changing them compiles nothing a
 
 There are two conventions. `top_k_filter`, `nucleus_filter`, `filter_logits` and `draw` are those of
 text: exactly k entries, a slack of 1e-4 in p. `keep_top_k`, `keep_nucleus` and `keep_likely` are
-those of image tokens: all entries that tie with the k-th, no slack; they find thresholds without a
-sort.
+those of image tokens: all entries that tie with the k-th, no slack; they take thresholds from one
+sort of the values, without the order of the entries.
 """
 
 from __future__ import annotations
+
+import math
 
 import jax
 import jax.numpy as jnp
@@ -122,36 +124,72 @@ def draw(
     return jnp.where(jnp.asarray(temperature) > 0, drawn, greedy).astype(jnp.int32)
 
 
-DIGIT = 4  # bits of a threshold found per pass over the logits
+def _ascending(logits: Array) -> tuple[Array, Array]:
+    """The logits and, for the filters below, their values sorted: both [..., V] float32.
+
+    The barrier keeps XLA from computing the logits anew, rounded otherwise, where they are compared
+    with a threshold that is one of the sorted values. Whole numbers in the order of the logits
+    sort faster than these, on a CPU more than twice as fast.
+    """
+    logits = lax.optimization_barrier(logits.astype(jnp.float32))
+    flip = lambda bits: jnp.where(bits < 0, bits ^ 0x7FFFFFFF, bits)  # its own inverse
+    bits = lax.bitcast_convert_type(jnp.where(logits == 0, 0.0, logits), jnp.int32)  # -0 is 0
+    ordered = jnp.sort(flip(bits), axis=-1, stable=False)
+    return logits, lax.bitcast_convert_type(flip(ordered), jnp.float32)
 
 
-def _ordered(x: Array) -> Array:
-    """uint32 keys in the order of the float32 numbers x; -0 and 0 are equal."""
-    bits = lax.bitcast_convert_type(jnp.where(x == 0, 0.0, x).astype(jnp.float32), jnp.uint32)
-    return jnp.where(bits >> 31, ~bits, bits | jnp.uint32(1 << 31))
+def _at(x: Array, place: Array) -> Array:
+    """x [..., V] at one place per row [..., 1], or at one for all [1]: [..., 1]."""
+    return jnp.take_along_axis(x, jnp.broadcast_to(place, (*x.shape[:-1], 1)), axis=-1)
 
 
-def _least(reached, shape: tuple[int, ...], bits: int) -> Array:
-    """The least number t of `bits` bits with reached(t), digit by digit.
+def _passing(values: Array, limit: Array) -> Array:
+    """The first place where the running sum of values >= 0 exceeds a limit; the last if none does.
+
+    The sums of about sqrt(V) blocks tell in which block that is, and only that block is summed
+    entry by entry: a running sum of the whole row takes many passes on an accelerator.
 
     Args:
-        reached: [..., D] uint32 candidates -> bool, which must not fall as t rises; taken as true
-            at the largest t.
-        shape: of the result.
+        values: [..., V]. limit: [..., 1] of the same dtype.
+
+    Returns:
+        [..., 1] int32.
     """
-    t = jnp.zeros(shape, jnp.uint32)
-    digits = jnp.arange(2**DIGIT - 1, dtype=jnp.uint32)
-    for low in reversed(range(0, bits, DIGIT)):
-        # The last number with each digit, the digits below being all ones.
-        last = t[..., None] | (digits << low) | jnp.uint32((1 << low) - 1)
-        digit = jnp.sum(~reached(last), axis=-1, dtype=jnp.uint32)
-        t = t | (digit << low)
-    return t
+    size = values.shape[-1]
+    width = math.isqrt(size - 1) + 1
+    pad = [(0, 0)] * (values.ndim - 1) + [(0, -size % width)]
+    blocks = jnp.pad(values, pad).reshape(*values.shape[:-1], -1, width)
+
+    def place(x, limit):
+        index = jnp.arange(x.shape[-1])
+        sums = jnp.sum(jnp.where(index <= index[:, None], x[..., None, :], 0), axis=-1)
+        return jnp.sum(sums <= limit, axis=-1, keepdims=True, dtype=jnp.int32)
+
+    sums = jnp.sum(blocks, axis=-1)
+    block = jnp.minimum(place(sums, limit), sums.shape[-1] - 1)
+    before = jnp.sum(jnp.where(jnp.arange(sums.shape[-1]) < block, sums, 0), -1, keepdims=True)
+    inside = jnp.take_along_axis(blocks, block[..., None], axis=-2)[..., 0, :]
+    return jnp.minimum(block * width + place(inside, limit - before), size - 1)
 
 
-def _total(values: Array, chosen: Array) -> Array:
-    """Sums over V of values [..., V] where chosen [..., D, V]: [..., D]."""
-    return jnp.sum(jnp.where(chosen, values[..., None, :], 0), axis=-1)
+def _top_k(x: Array, ascending: Array, k: Array | int) -> Array:
+    """`keep_top_k` of x, whose sorted values are given, or of some of its entries."""
+    size, k = ascending.shape[-1], _per_row(k, jnp.int32)
+    kth = _at(ascending, size - jnp.where(k > 0, jnp.minimum(k, size), size))
+    return jnp.where(x >= kth, x, DROPPED)
+
+
+def _nucleus(x: Array, ascending: Array, p: Array | float) -> Array:
+    """`keep_nucleus` of x, whose sorted values are given."""
+    p = _per_row(p, jnp.float32)
+    probs = jnp.exp(ascending - ascending[..., -1:])  # times their sum
+    first = _passing(probs, (1.0 - p) * jnp.sum(probs, axis=-1, keepdims=True))
+    least = _at(ascending, first)
+    # Of the entries equal to the least one kept, those of lower index go first.
+    equal = x == least
+    gone = first - jnp.sum(ascending < least, axis=-1, keepdims=True, dtype=jnp.int32)
+    stays = jnp.arange(x.shape[-1]) >= _passing(equal.astype(jnp.int32), gone)
+    return jnp.where((x > least) | (equal & stays) | (p >= 1), x, DROPPED)
 
 
 def keep_top_k(logits: Array, k: Array | int) -> Array:
@@ -164,12 +202,7 @@ def keep_top_k(logits: Array, k: Array | int) -> Array:
     Returns:
         [..., V]: kept entries unchanged, dropped ones -1e10.
     """
-    keys, k = _ordered(logits), _per_row(k, jnp.int32)
-    one = jnp.ones_like(keys, jnp.int32)
-    # The k-th largest is the least number that fewer than k entries exceed.
-    exceed = lambda t: _total(one, keys[..., None, :] > t[..., None])
-    kth = _least(lambda t: exceed(t) < k, keys.shape[:-1], 32)
-    return jnp.where((keys >= kth[..., None]) | (k <= 0), logits, DROPPED)
+    return _top_k(*_ascending(logits), k)
 
 
 def keep_nucleus(logits: Array, p: Array | float) -> Array:
@@ -185,23 +218,7 @@ def keep_nucleus(logits: Array, p: Array | float) -> Array:
     Returns:
         [..., V]: kept entries unchanged, dropped ones -1e10. Probabilities are float32.
     """
-    size, rows = logits.shape[-1], logits.shape[:-1]
-    keys, p = _ordered(logits), _per_row(p, jnp.float32)
-    probs, tail = jax.nn.softmax(logits.astype(jnp.float32), axis=-1), 1.0 - p
-    upto = lambda t: _total(probs, keys[..., None, :] <= t[..., None])
-    least = _least(lambda t: upto(t) > tail, rows, 32)[..., None]
-    # Where rounding keeps even the sum of all from exceeding 1 - p, the largest is what remains.
-    least = jnp.minimum(least, jnp.max(keys, axis=-1, keepdims=True))
-    # Of the entries equal to the least one kept, those of lower index go first.
-    equal, index = keys == least, jnp.arange(size, dtype=jnp.uint32)
-    below = jnp.sum(jnp.where(keys < least, probs, 0), axis=-1, keepdims=True)
-    each = jnp.max(jnp.where(equal, probs, 0), axis=-1, keepdims=True)
-    ties = lambda j: _total(equal.astype(jnp.int32), index <= j[..., None])
-    first = _least(lambda j: below + each * ties(j) > tail, rows, (size - 1).bit_length())
-    last = jnp.max(jnp.where(equal, index, 0), axis=-1)
-    first = jnp.minimum(first, last)[..., None]
-    keep = (keys > least) | (equal & (index >= first)) | (p >= 1)
-    return jnp.where(keep, logits, DROPPED)
+    return _nucleus(*_ascending(logits), p)
 
 
 def keep_likely(
@@ -224,5 +241,9 @@ def keep_likely(
     """
     temperature = _per_row(temperature, jnp.float32)
     out = logits.astype(jnp.float32) / jnp.where(temperature > 0, temperature, 1.0)
-    out = out if top_k is None else keep_top_k(out, top_k)
-    return out if top_p is None else keep_nucleus(out, top_p)
+    if top_k is None and top_p is None:
+        return out
+    out, ascending = _ascending(out)  # one sort for both
+    if top_k is not None:
+        out, ascending = (_top_k(x, ascending, top_k) for x in (out, ascending))
+    return out if top_p is None else _nucleus(out, ascending, top_p)
