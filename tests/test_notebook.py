@@ -22,7 +22,7 @@ def code_cells(notebook):
 
 
 def test_there_are_notebooks():
-    assert [p.name for p in NOTEBOOKS] == ["transformer_vq.ipynb"]
+    assert [p.name for p in NOTEBOOKS] == ["aim.ipynb", "transformer_vq.ipynb"]
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
@@ -39,11 +39,9 @@ def test_from_load_to_sample_takes_under_ten_lines():
         assert len(ast.parse(source).body) < 10 and len(source.splitlines()) < 12
 
 
-@pytest.mark.notebook
-@pytest.mark.slow
-def test_transformer_vq(tmp_path):
-    """Where there is no run, the notebook trains a small one; everything else then works on it."""
-    notebook = read(FOLDER / "transformer_vq.ipynb")
+def execute(name, tmp_path):
+    """Run a notebook on a run of its own making: outputs of its cells, and what they printed."""
+    notebook = read(FOLDER / f"{name}.ipynb")
     env = os.environ.copy()
     env.update(
         LINTIME_RUN=str(tmp_path / "run"),
@@ -55,10 +53,29 @@ def test_transformer_vq(tmp_path):
     )
     client.execute(env=env)
     outputs = [out for cell in code_cells(notebook) for out in cell.outputs]
-    printed = "".join(out.get("text", "") for out in outputs)
+    return outputs, "".join(out.get("text", "") for out in outputs)
+
+
+@pytest.mark.notebook
+@pytest.mark.slow
+def test_transformer_vq(tmp_path):
+    """Where there is no run, the notebook trains a small one; everything else then works on it."""
+    outputs, printed = execute("transformer_vq", tmp_path)
     assert (tmp_path / "run" / "config.json").exists()
     sizes = {line.split(": ")[1] for line in printed.splitlines() if "kB of state" in line}
     assert len(sizes) == 1  # for 39 and for 1117 tokens of context
     assert "perplexity" in printed and "'import " in printed
     assert "WARNING" not in printed
     assert sum("image/png" in out.get("data", {}) for out in outputs) == 2
+
+
+@pytest.mark.notebook
+@pytest.mark.slow
+def test_aim(tmp_path):
+    """Trains tokenizer and net on digits, then draws, guides, reconstructs."""
+    outputs, printed = execute("aim", tmp_path)
+    assert (tmp_path / "run" / "stages" / "0" / "config.json").exists()
+    assert printed.count("codes (10, 16)") == 3 and "nats per token" in printed
+    assert float(printed.split(" nats per token")[0].split()[-1]) < 3.5  # untrained: ln 128 = 4.85
+    assert "WARNING" not in printed
+    assert sum("image/png" in out.get("data", {}) for out in outputs) == 6
