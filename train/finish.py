@@ -128,6 +128,11 @@ def evaluate_run(run_dir: str, overrides: list[str], split: str, step: int | Non
     data = open_split(run, split, path, codes)
     task = make_task(run)
     task.check_data(data)
+    if codes and loaded.data_fingerprint.get("tokenizer", data.tokenizer) != data.tokenizer:
+        raise UserError(
+            f"{codes} holds codes of another tokenizer than {path} was trained on; make them with "
+            "that one"
+        )
     mesh = make_mesh(run.mesh)
     check_batch(run, mesh)
     evaluate = make_evaluator(task, data, mesh, run.batch_size, run.eval.batches)

@@ -14,7 +14,7 @@ from .errors import UserError
 from .loaded import LoadedRun
 from .schema import ImageSample
 from .stages import resolve
-from .tokenizer import LoadedTokenizer, load_tokenizer
+from .tokenizer import LoadedTokenizer, check_fingerprint, load_tokenizer
 
 __all__ = ["LoadedImages", "to_uint8"]
 
@@ -51,11 +51,8 @@ class LoadedImages(LoadedRun):
                 )
             given = load_tokenizer(place)
         wanted = self.data_fingerprint.get("tokenizer")
-        if wanted is not None and wanted != given.fingerprint:
-            raise UserError(
-                f"{given.path} is not the tokenizer whose codes {self.path} was trained on "
-                f"({given.fingerprint} instead of {wanted}); name that one with data.tokenizer"
-            )
+        if wanted is not None:
+            check_fingerprint(wanted, given, f"{self.path} was trained on")
         return given
 
     @functools.cached_property

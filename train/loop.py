@@ -18,6 +18,7 @@ from jax.experimental import multihost_utils
 from ..model.partition import unsharded
 from .checkpoint import Checkpoints, restore_inference
 from .config_files import check_continuation, read_config, save_config
+from .data.codes import finished_codes
 from .data.open import open_split
 from .errors import UserError
 from .evaluate import make_evaluator
@@ -76,7 +77,7 @@ def train(
 
     # ---- what this run builds on, and its data ------------------------------------------------
     check_stages(run)
-    for number, stage in enumerate(stages_of(run)):
+    for number, stage in stages_of(run).items():
         folder = stage_dir(run_dir, number)
         if not is_finished(stage, folder):
             result = train(stage, folder, devices=devices)
@@ -215,12 +216,16 @@ def _codes(run: Run, run_dir: Path) -> Path | None:
     """The folder of codes to train on, made now if the run is to make it; None for other data."""
     if not isinstance(run.data, CodeData):
         return None
-    folder = codes_dir(run, run_dir)
-    if not run.data.path:
-        from .prepare import prepare_codes
-        from .tokenizer import load_tokenizer
+    from .prepare import prepare_codes
+    from .tokenizer import check_fingerprint, load_tokenizer
 
-        tokenizer = load_tokenizer(resolve(run.data.tokenizer, run_dir))
+    folder = codes_dir(run, run_dir)
+    if not run.data.tokenizer:
+        return folder  # nothing to check; the run cannot draw
+    tokenizer = load_tokenizer(resolve(run.data.tokenizer, run_dir))
+    if run.data.path:
+        check_fingerprint(finished_codes(folder).tokenizer, tokenizer, f"{folder} holds")
+    else:
         prepare_codes(
             run.data.images, tokenizer, folder, views=run.data.views, resizes=run.data.resizes
         )

@@ -10,10 +10,12 @@ import dataclasses
 import re
 from pathlib import Path
 
+from ..model.nets.vq_tokenizer import VQTokenizerConfig
 from .checkpoint import FOLDER, Checkpoints
 from .config_files import check_continuation, read_config
 from .errors import UserError
 from .schema import CodeData, ImageData, Run
+from .task_codes import check_codes
 
 _STAGE = re.compile(r"stage:(\d+)")
 CODES = "codes"  # folder of a run for the codes that it made itself
@@ -30,29 +32,59 @@ def resolve(path: str, run_dir: str | Path) -> str:
     return str(stage_dir(run_dir, int(found[1]))) if found else path
 
 
-def stages_of(run: Run) -> list[Run]:
-    """The stages, with what a stage takes from its run filled in: images without a path of their
-    own are those of the run."""
+def stages_of(run: Run) -> dict[int, Run]:
+    """The stages that the run refers to, by number (others would be trained for nothing), with what
+    a stage takes from its run filled in: images without a path of their own are those of the run.
+    """
     own = run.data.images if isinstance(run.data, CodeData) else run.data
-    filled = []
-    for stage in run.stages:
+    filled = {}
+    for number in sorted(_references(run).values()):
+        stage = run.stages[number]
         if isinstance(stage.data, ImageData) and not stage.data.path and isinstance(own, ImageData):
             stage = dataclasses.replace(stage, data=dataclasses.replace(stage.data, path=own.path))
-        filled.append(stage)
+        filled[number] = stage
     return filled
 
 
-def check_stages(run: Run) -> None:
-    """Raises UserError for a "stage:n" that the run does not have."""
+def _references(run: Run) -> dict[str, int]:
+    """Field -> number of the stage that it names."""
     fields = {"init_from": run.init_from}
     if isinstance(run.data, CodeData):
         fields["data.tokenizer"] = run.data.tokenizer
-    for field, value in fields.items():
-        found = _STAGE.fullmatch(value)
-        if found and int(found[1]) >= len(run.stages):
+    found = {field: _STAGE.fullmatch(value) for field, value in fields.items()}
+    return {field: int(match[1]) for field, match in found.items() if match}
+
+
+def check_stages(run: Run) -> None:
+    """Whether stages exist where the run names them, and make codes that it can take.
+
+    What is wrong there would else be found only after they were trained.
+
+    Raises:
+        UserError: the first fault.
+    """
+    for field, number in _references(run).items():
+        if number >= len(run.stages):
             raise UserError(
-                f"{field}={value}: this run has {len(run.stages)} stages; name a run directory"
+                f"{field}=stage:{number}: this run has {len(run.stages)} stages; name a run "
+                "directory"
             )
+        if field == "data.tokenizer":
+            _check_tokenizer(run, run.stages[number].net, f"{field}=stage:{number}")
+
+
+def _check_tokenizer(run: Run, tokenizer, what: str) -> None:
+    if not isinstance(tokenizer, VQTokenizerConfig):
+        raise UserError(f"{what} is a {type(tokenizer).__name__}, not an image tokenizer")
+    size, pixels = run.data.images.size, tokenizer.downsample
+    if run.data.path:
+        return  # these codes tell their sizes themselves
+    if size % pixels:
+        raise UserError(
+            f"data.images.size={size} is not a multiple of {pixels}, the pixels of a token; "
+            f"set data.images.size={max(1, round(size / pixels)) * pixels}"
+        )
+    check_codes(run.net, vocab_size=tokenizer.codebook_size, num_tokens=(size // pixels) ** 2)
 
 
 def is_finished(stage: Run, folder: Path) -> bool:

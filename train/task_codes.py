@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from ..model.nets.aim import AiM
+from ..model.nets.aim import AiM, AiMConfig
 from .errors import UserError
 from .task import Task
 
@@ -61,14 +61,22 @@ class ClassCodesTask(Task):
         return optax.softmax_cross_entropy_with_integer_labels(logits, codes)
 
     def check_data(self, data):
-        net = self.run.net
-        for field, have, need in (
-            ("vocab_size", net.vocab_size, data.codebook_size),
-            ("num_tokens", net.num_tokens, data.num_tokens),
-            ("num_classes", net.num_classes, data.num_classes),
-        ):
-            if have < need or (field == "num_tokens" and have != need):
-                raise UserError(
-                    f"net.{field}={have} does not fit these codes, which have {need}; set "
-                    f"net.{field}={need}, or name codes of another tokenizer with data.path"
-                )
+        check_codes(
+            self.run.net, vocab_size=data.codebook_size, num_tokens=data.num_tokens,
+            num_classes=data.num_classes,
+        )  # fmt: skip
+
+
+def check_codes(net: AiMConfig, **needs: int) -> None:
+    """Whether a net has the `vocab_size`, `num_tokens` and `num_classes` that codes need.
+
+    Raises:
+        UserError: it has fewer, or another number of tokens.
+    """
+    for field, need in needs.items():
+        have = getattr(net, field)
+        if have < need or (field == "num_tokens" and have != need):
+            raise UserError(
+                f"net.{field}={have} does not fit these codes, which have {need}; set "
+                f"net.{field}={need}"
+            )

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
+from ..model.nets.lpips import SMALLEST
 from ..model.nets.patchgan import PatchGAN
 from ..model.nets.vq_tokenizer import VQTokenizer
 from ..model.processes.adversarial import code_counts, stage1_loss
@@ -105,7 +106,10 @@ class TokenizerTask(Task):
         return loss * weight, weight, delta, carry, {"sum": sums, "mean": metrics}
 
     def absorb(self, stats, delta):
-        return stats | {k: jax.tree.map(jnp.add, stats[k], d) for k, d in delta.items()}
+        # Every micro-batch moves the statistics from where they were: their mean counts, since the
+        # sum of many moves would go past the statistics of the batch, and further every time.
+        move = lambda old, sum: old + sum / self.run.optim.accumulate
+        return stats | {k: jax.tree.map(move, stats[k], d) for k, d in delta.items()}
 
     def report(self, sums):
         used = sums["code_counts"] > 0
@@ -141,6 +145,17 @@ class TokenizerTask(Task):
             raise UserError(
                 f"data.size={size} is not a multiple of {least}, the pixels of a token; "
                 f"set data.size={max(least, round(size / least) * least)}"
+            )
+        if self.run.process.perceptual_weight and size < SMALLEST:
+            raise UserError(
+                f"data.size={size} is too small for LPIPS, which needs {SMALLEST} pixels; set "
+                "process.perceptual_weight=0 or a larger data.size"
+            )
+        if self.discriminator is not None and size < self.discriminator.least_size:
+            raise UserError(
+                f"data.size={size} is too small for a discriminator of process.disc_layers="
+                f"{self.discriminator.layers}, which needs {self.discriminator.least_size} pixels; "
+                "set fewer, or process.disc_weight=0"
             )
 
 

@@ -112,6 +112,15 @@ def load_tokenizer(path: str | Path) -> LoadedTokenizer:
     return from_arrays(net, params, path)
 
 
+def check_fingerprint(codes: str, tokenizer: LoadedTokenizer, what: str) -> None:
+    """Raises UserError unless `tokenizer` made the codes whose fingerprint is given."""
+    if codes != tokenizer.fingerprint:
+        raise UserError(
+            f"{tokenizer.path} is not the tokenizer whose codes {what} "
+            f"({tokenizer.fingerprint} instead of {codes}); name that one with data.tokenizer"
+        )
+
+
 def from_arrays(net: VQTokenizerConfig, params, path: str | Path | None = None) -> LoadedTokenizer:
     """A tokenizer of these weights, without a training run."""
     params = jax.tree.map(jnp.asarray, params)

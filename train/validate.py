@@ -174,9 +174,9 @@ def _check_kinds(run: Run) -> None:
 
 def _check_codes(run: Run) -> None:
     data = run.data
-    if not data.resizes or min(data.resizes) < 1:
+    if not data.resizes or min(data.resizes) < 1 or len(set(data.resizes)) < len(data.resizes):
         raise UserError(
-            f"data.resizes={data.resizes}: give factors of at least 1, such as 1.1,1.05"
+            f"data.resizes={data.resizes}: give different factors of at least 1, such as 1.1,1.05"
         )
     if not data.path and not data.tokenizer:
         raise UserError(

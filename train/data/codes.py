@@ -252,7 +252,7 @@ def open_code_data(
     if split not in ("train", "validation", "test"):
         raise ValueError(f"split={split!r} is not train, validation or test")
     folder = Path(os.path.expanduser(folder))
-    info = _finished(folder)
+    info = finished_codes(folder)
     held = split if split in info.splits or split != "test" else "validation"
     if not info.splits.get(held):
         raise UserError(
@@ -283,7 +283,12 @@ def open_code_data(
     return CodeDataset(reader, fingerprint=fingerprint, workers=config.workers)
 
 
-def _finished(folder: Path) -> CodesInfo:
+def finished_codes(folder: Path) -> CodesInfo:
+    """What a complete folder of codes holds.
+
+    Raises:
+        UserError: it is not one.
+    """
     try:
         return read_info(folder / INFO_FILE)
     except FileNotFoundError:

@@ -1,0 +1,284 @@
+"""Stage 1 as a training task: discriminator, LPIPS, micro-batches, averages, precision, meshes."""
+
+import dataclasses
+import os
+import shutil
+import signal
+
+import jax
+import numpy as np
+import pytest
+
+from lintime.model.convert.lpips import LINEAR, lpips_shapes
+from lintime.train import loop
+from lintime.train.errors import UserError
+from lintime.train.load import load
+from lintime.train.mesh import make_mesh, put_batch
+from lintime.train.override import apply_overrides
+from lintime.train.step import init_state, make_train_step
+from lintime.train.tasks import make_task
+from lintime.train.validate import validate
+from tests.tiny import assert_close, assert_same, quick, read_lines, saved_state, values
+from tests.tiny_images import aim_run, tokenizer_run, write_images
+
+ONE = {"devices": jax.devices()[:1]}
+GAN = (
+    "process.disc_weight=0.5", "process.disc_start=2", "process.disc_layers=1",
+    "process.disc_features=8", "process.entropy_weight=0.1",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def fast():
+    with quick():
+        yield
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    return write_images(tmp_path_factory.mktemp("images") / "noise.npz")
+
+
+@pytest.fixture(scope="module")
+def gan(images, tmp_path_factory):
+    """Four updates with a discriminator from the third on, every state kept: run, folder."""
+    overrides = (*GAN, "steps=4", "checkpoint.every=1", "checkpoint.keep=9", "ema.decay=0.9")
+    run = tokenizer_run(images, *overrides, "optim.warmup=0")
+    folder = tmp_path_factory.mktemp("gan") / "run"
+    loop.train(run, folder, **ONE)
+    return run, folder
+
+
+# ---------------------------------------------------------------- the discriminator
+
+
+def moved(a, b) -> bool:
+    same = jax.tree.map(np.array_equal, a, b)
+    return not all(jax.tree.leaves(same))
+
+
+def test_the_discriminator_learns_from_its_start_on(gan):
+    run, folder = gan
+    lines = read_lines(folder)[:4]
+    assert all(np.isfinite(v) for line in lines for v in line.values())
+    assert [line["disc_weight"] for line in lines] == [0, 0, 0.5, 0.5]
+    assert {"gen", "disc", "logits_real", "logits_fake", "entropy"} <= lines[0].keys()
+    states = [saved_state(run, folder, n) for n in (1, 2, 3, 4)]
+    judges = [s.params["discriminator"] for s in states]
+    assert_same(judges[1], judges[0])  # moments of zero gradients are zero, and so are the updates
+    assert moved(judges[2], judges[1]) and moved(judges[3], judges[2])
+    for a, b in zip(states, states[1:]):
+        assert moved(a.params["tokenizer"], b.params["tokenizer"])
+        assert moved(a.stats["discriminator"], b.stats["discriminator"])
+
+
+def test_each_of_the_two_is_blind_to_the_other(images, gan):
+    """Before its start the discriminator changes nothing of the tokenizer; nor does what it has
+    learned change the tokenizer's gradient norm, which each has of its own."""
+    run, folder = gan
+    alone = apply_overrides(run, ["process.disc_weight=0", "checkpoint.every=0"])
+    alone_folder = folder.with_name("alone")
+    loop.train(alone, alone_folder, **ONE)
+    first = [values(read_lines(f), "generator_loss")[:2] for f in (folder, alone_folder)]
+    np.testing.assert_allclose(*first, rtol=1e-5)
+    a, b = values(read_lines(folder), "rec")[3], values(read_lines(alone_folder), "rec")[3]
+    assert a != pytest.approx(b, rel=1e-6)  # its third update was an adversarial one
+
+
+def test_a_stopped_run_with_a_discriminator_continues_bit_for_bit(gan, tmp_path, monkeypatch):
+    run, folder = gan
+    original = loop.put_batch
+
+    def put_batch(batch, step, *rest):
+        if step == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(batch, step, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "put_batch", put_batch)
+        assert loop.train(run, tmp_path / "run", **ONE).step == 2
+    loop.train(run, tmp_path / "run", **ONE)
+    assert read_lines(tmp_path / "run") == read_lines(folder)
+    again, state = saved_state(run, tmp_path / "run"), saved_state(run, folder)
+    assert_same(again, state)
+    assert moved(state.stats["discriminator"], saved_state(run, folder, 2).stats["discriminator"])
+    loaded = load(tmp_path / "run")  # inference reads the averaged tokenizer alone
+    assert_same(jax.tree.map(np.asarray, loaded.params["tokenizer"]), state.ema["tokenizer"])
+
+
+def one_update(run, batch, devices=1, steps=1):
+    """State and metrics of some updates from the same batch."""
+    mesh = make_mesh(run.mesh, jax.devices()[:devices])
+    task = make_task(run)
+    with jax.set_mesh(mesh):
+        state = jax.jit(lambda k: init_state(task, run, k))(jax.random.key(run.seed))
+        update = jax.jit(make_train_step(task, run))
+        for number in range(steps):
+            state, metrics = update(state, put_batch(batch, number, mesh, run.batch_size))
+    return jax.device_get((state, metrics))
+
+
+def some_images(rows=8, size=8):
+    noise = np.random.default_rng(0).uniform(-1, 1, (rows, size, size, 3)).astype(np.float32)
+    return {"images": noise, "labels": np.zeros(rows, np.int32), "valid": np.ones(rows, bool)}
+
+
+def test_micro_batches_move_statistics_no_further_than_one_batch():
+    run = tokenizer_run("", *GAN, "optim.warmup=0")
+    batch = some_images(1) | {"labels": np.zeros(1, np.int32)}
+    batch = {name: np.repeat(array, 8, axis=0) for name, array in batch.items()}
+    whole, _ = one_update(run, batch)
+    parts, metrics = one_update(apply_overrides(run, ["optim.accumulate=4"]), batch)
+    assert np.isfinite(metrics["loss"])
+    near = lambda a, b: np.testing.assert_allclose(a, b, rtol=0.05, atol=1e-4)
+    jax.tree.map(near, parts.stats, whole.stats)  # unbiased variances differ a little
+
+
+def test_accumulated_gradients_are_those_of_the_batch():
+    run = tokenizer_run("", "optim.warmup=0", "optim.clip=0")
+    whole, one = one_update(run, some_images())
+    parts, two = one_update(apply_overrides(run, ["optim.accumulate=2"]), some_images())
+    for name in ("loss", "rec", "grad_norm", "codebook_usage"):
+        assert two[name] == pytest.approx(one[name], rel=1e-4)
+    moments = lambda state: [a for a in jax.tree.leaves(state.opt) if np.ndim(a)]
+    assert_close(moments(parts), moments(whole), rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("gan", [False, True])
+def test_eight_devices_train_like_one(gan):
+    if jax.device_count() < 8:
+        pytest.skip("needs 8 devices")
+    run = tokenizer_run("", *(GAN if gan else ()), "optim.warmup=0", "process.disc_start=0")
+    one, a = one_update(run, some_images(), 1)
+    eight, b = one_update(run, some_images(), 8)
+    for name in a:
+        np.testing.assert_allclose(b[name], a[name], rtol=1e-4, atol=1e-6, err_msg=name)
+    moments = lambda state: [a for a in jax.tree.leaves(state.opt) if np.ndim(a)]
+    assert_close(moments(eight), moments(one), rtol=2e-3, atol=2e-6)
+    assert_close(eight.stats, one.stats)
+
+
+def test_bfloat16_and_fixed_settings():
+    run = tokenizer_run("", *GAN, "process.disc_start=0", "optim.warmup=0")
+    low = apply_overrides(run, ["precision.compute=bfloat16", "precision.remat=full"])
+    validate(low)
+    _, a = one_update(run, some_images(), steps=2)
+    state, b = one_update(low, some_images(), steps=2)
+    assert b["loss"] == pytest.approx(a["loss"], rel=0.1) and b["loss"] != a["loss"]
+    assert {a.dtype.name for a in jax.tree.leaves(state.params)} == {"float32"}
+    adaptive = apply_overrides(
+        run, ["process.adaptive_weight=true", "process.gen_loss=non_saturating"]
+    )
+    _, c = one_update(adaptive, some_images())
+    assert np.isfinite(c["loss"]) and c["adaptive_weight"] not in (0, 1)
+    for name in ("lion", "adafactor"):
+        state, d = one_update(apply_overrides(run, [f"optim.name={name}"]), some_images())
+        assert d["ok"] and np.isfinite(d["grad_norm"])
+
+
+# ---------------------------------------------------------------- LPIPS
+
+
+@pytest.fixture(scope="module")
+def lpips(tmp_path_factory) -> str:
+    """VGG16 and the linear weights, random, in two files."""
+    folder, rng = tmp_path_factory.mktemp("lpips"), np.random.default_rng(0)
+    draw = lambda s: np.float32(rng.uniform(-1, 1, s) / np.sqrt(max(np.prod(s[1:]), 100)))
+    arrays = {name: draw(shape) for name, shape in lpips_shapes().items()}
+    linear = {name: np.abs(arrays.pop(name)) for name in LINEAR}
+    np.savez(folder / "vgg16.npz", **arrays)
+    np.savez(folder / "linear.npz", **linear)
+    return f"{folder}/vgg16.npz,{folder}/linear.npz"
+
+
+def refused(words, function, *arguments, **options):
+    with pytest.raises(UserError, match=words) as caught:
+        function(*arguments, **options)
+    assert "\n" not in str(caught.value)
+
+
+def test_lpips_without_weights_is_one_line(images, lpips, tmp_path):
+    run = tokenizer_run(images, "process.perceptual_weight=1")
+    refused("process.lpips=FILE .*or process.perceptual_weight=0", validate, run)
+    refused("process.lpips=FILE", validate, aim_run(images, "stages.0.process.perceptual_weight=1"))
+    named = lambda files: dataclasses.replace(
+        run, process=dataclasses.replace(run.process, lpips=files)
+    )
+    train = lambda files: loop.train(named(files), tmp_path / "run", **ONE)
+    refused("none.pth does not exist", train, "none.pth")
+    refused("process.lpips=.*no linear weights of LPIPS", train, lpips.split(",")[0])
+    refused("data.size=8 is too small for LPIPS, which needs 16", train, lpips)
+    assert not (tmp_path / "run/config.json").exists()
+
+
+@pytest.mark.slow
+def test_lpips_trains_and_continues(lpips, tmp_path):
+    images = write_images(tmp_path / "noise.npz", size=16)
+    run = tokenizer_run(
+        images, "process.perceptual_weight=1", f"process.lpips={lpips}", "data.size=16",
+        "batch_size=2", "steps=2", "checkpoint.every=1",
+    )  # fmt: skip
+    validate(run)
+    loop.train(run, tmp_path / "run", **ONE)
+    lines = read_lines(tmp_path / "run")
+    assert all(line["perceptual"] > 0 for line in lines[:2])
+    shutil.rmtree(tmp_path / "run/checkpoints/2")
+    loop.train(run, tmp_path / "run", **ONE)
+    assert read_lines(tmp_path / "run") == lines
+    assert load(tmp_path / "run").stats == {}  # nobody needs VGG to use the tokenizer
+
+
+def test_images_too_small_for_the_discriminator(images, tmp_path):
+    run = tokenizer_run(images, "process.disc_weight=0.5")
+    refused(
+        "data.size=8 is too small for a discriminator of process.disc_layers=3, which needs 24",
+        loop.train, run, tmp_path / "run", **ONE,
+    )  # fmt: skip
+
+
+# ---------------------------------------------------------------- stage 2 on meshes
+
+
+def some_codes(rows=8):
+    rng = np.random.default_rng(1)
+    codes, labels = rng.integers(0, 8, (rows, 16)), rng.integers(0, 4, rows)
+    return {"codes": codes.astype(np.int32), "labels": labels.astype(np.int32), "valid": np.ones(rows, bool)}  # fmt: skip
+
+
+WIDE = ("net.d_model=64", "net.d_intermediate=64", "optim.warmup=0", "optim.clip=0")
+DROPS = ("net.token_drop=0.1", "net.mixer_drop=0.1", "net.mlp_drop=0.1")
+
+
+@pytest.fixture(scope="module")
+def on_one_device():
+    return one_update(aim_run("", *WIDE, *DROPS), some_codes())
+
+
+@pytest.mark.parametrize(
+    "mesh",
+    [("mesh.data=8",), ("mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2")],
+    ids=["data", "mixed"],
+)
+def test_aim_trains_alike_on_any_mesh(mesh, on_one_device):
+    if jax.device_count() < 8:
+        pytest.skip("needs 8 devices")
+    one, a = on_one_device
+    many, b = one_update(aim_run("", *WIDE, *DROPS, *mesh), some_codes(), 8)
+    for name in ("loss", "bits_per_token", "grad_norm"):
+        assert b[name] == pytest.approx(a[name], rel=1e-4)
+    moments = lambda state: [a for a in jax.tree.leaves(state.opt) if np.ndim(a)]
+    assert_close(moments(many), moments(one), rtol=1e-3, atol=1e-6)
+
+
+def test_unrolled_and_recomputed_layers_are_the_same(on_one_device):
+    one, a = on_one_device
+    for override in ("precision.unroll=true", "precision.remat=full", "precision.remat=dots"):
+        other, b = one_update(aim_run("", *WIDE, *DROPS, override), some_codes())
+        assert b["loss"] == pytest.approx(a["loss"], rel=1e-5), override
+        assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-4), override
+
+
+def test_dropouts_are_honoured(on_one_device):
+    _, dropped = on_one_device
+    _, plain = one_update(aim_run("", *WIDE, "net.class_dropout=0"), some_codes())
+    assert dropped["loss"] != pytest.approx(plain["loss"], rel=1e-6)
