@@ -1,5 +1,7 @@
 """What the commands say and do with runs of images, beside the story of `test_aim_runs`."""
 
+import shutil
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,8 +17,7 @@ from lintime.train.override import apply_overrides
 from lintime.train.pictures import to_uint8
 from lintime.train.validate import validate
 from tests.tiny import quick
-from tests.tiny_images import SIZE, aim_run, write_images
-
+from tests.tiny_images import SIZE, aim_run, tokenizer_run, write_images
 
 ONE = {"devices": jax.devices()[:1]}
 
@@ -100,3 +101,13 @@ def test_bytes_are_the_same_from_every_kind_of_array():
     np.testing.assert_array_equal(to_uint8(jnp.asarray(x)), to_uint8(x))
     with pytest.raises(ValueError, match="int32"):
         to_uint8(jnp.arange(3))
+
+
+def test_a_model_is_not_exported_with_another_tokenizer(whole, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(whole[1], folder)
+    other = tokenizer_run(whole[0].data.images.path, "seed=5")
+    shutil.rmtree(folder / "stages/0")
+    loop.train(other, folder / "stages/0", **ONE)
+    with pytest.raises(UserError, match="is not the tokenizer whose codes"):
+        export(folder, tmp_path / "hub", file_format="npz")
