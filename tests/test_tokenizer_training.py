@@ -198,7 +198,7 @@ def refused(words, function, *arguments, **options):
 
 
 def test_lpips_without_weights_is_one_line(images, lpips, tmp_path):
-    run = tokenizer_run(images, "process.perceptual_weight=1")
+    run = tokenizer_run(images, "process.perceptual_weight=1", "data.size=16")
     refused("process.lpips=FILE .*or process.perceptual_weight=0", validate, run)
     refused("process.lpips=FILE", validate, aim_run(images, "stages.0.process.perceptual_weight=1"))
     named = lambda files: dataclasses.replace(
@@ -207,6 +207,7 @@ def test_lpips_without_weights_is_one_line(images, lpips, tmp_path):
     train = lambda files: loop.train(named(files), tmp_path / "run", **ONE)
     refused("none.pth does not exist", train, "none.pth")
     refused("process.lpips=.*no linear weights of LPIPS", train, lpips.split(",")[0])
+    run = apply_overrides(run, ["data.size=8"])
     refused("data.size=8 is too small for LPIPS, which needs 16", train, lpips)
     assert not (tmp_path / "run/config.json").exists()
 
@@ -241,8 +242,8 @@ def test_images_too_small_for_the_discriminator(images, tmp_path):
 
 def some_codes(rows=8):
     rng = np.random.default_rng(1)
-    codes, labels = rng.integers(0, 8, (rows, 16)), rng.integers(0, 4, rows)
-    return {"codes": codes.astype(np.int32), "labels": labels.astype(np.int32), "valid": np.ones(rows, bool)}  # fmt: skip
+    draw = lambda high, shape: rng.integers(0, high, shape).astype(np.int32)
+    return {"codes": draw(8, (rows, 16)), "labels": draw(4, rows), "valid": np.ones(rows, bool)}
 
 
 WIDE = ("net.d_model=64", "net.d_intermediate=64", "optim.warmup=0", "optim.clip=0")

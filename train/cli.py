@@ -144,13 +144,13 @@ def _parser() -> _Parser:
         "Draw from a trained run: text to the terminal, images to PNG files.",
         "Settings are the fields of `sample`. Text: prompt, length, rows, temperature, top_k,\n"
         "top_p, stop. Images: classes, count, guidance, schedule, temperature, top_k, top_p,\n"
-        "rows, columns, files.\n"
+        "rows, columns, files, npz.\n"
         "Where a vocabulary or tokenizer has moved: data.vocab=FILE, data.tokenizer=DIR.\n"
         'Examples: lintime sample --run runs/mine --prompt "To be" sample.length=500\n'
         "          lintime sample --run runs/aim sample.classes=207,360 sample.guidance=4",
     )  # fmt: skip
     _run_arguments(sub)
-    sub.add_argument("--seed", type=int, default=0, help="the same seed gives the same text")
+    sub.add_argument("--seed", type=int, default=0, help="the same seed draws the same")
     sub.add_argument("--prompt", help="short for sample.prompt=...; - reads standard input")
     sub.add_argument("--step", type=int, help="checkpoint step (default: the newest)")
 

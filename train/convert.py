@@ -30,7 +30,7 @@ from .config_files import load_config, read_config, save_config
 from .convert_vq import dense_run_to_vq
 from .errors import UserError
 from .files import write_atomic
-from .schema import Data, Run
+from .schema import CodeData, ImageData, Run
 from .validate import validate
 
 EXAMPLES = """\
@@ -97,8 +97,18 @@ def run_command(arguments: argparse.Namespace) -> None:
             overrides=arguments.overrides,
         )  # fmt: skip
         run = read_config(out / "config.json")
-        if not isinstance(run.data, Data):
-            print(f"{out} is ready:\n  lintime sample --run {out}\n  lintime eval --run {out}")
+        if isinstance(run.data, ImageData):
+            print(
+                f"{out} is ready:\n  lintime eval --run {out} data.path=IMAGES\n"
+                f"  lintime sample --run {out} data.path=IMAGES\n"
+                f"  lintime prepare codes IMAGES --tokenizer {out} --out DIR"
+            )
+        elif isinstance(run.data, CodeData):
+            print(
+                f"{out} is ready:\n  lintime sample --run {out}\n"
+                f"  lintime eval --run {out} eval.samples=50000 eval.inception=FILE "
+                "eval.reference=FILE"
+            )
         elif run.data.vocab:
             print(
                 f"{out} is ready:\n  lintime eval --run {out} data.path=FILE\n"

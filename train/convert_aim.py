@@ -7,18 +7,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from ..model.convert import aim as layout_of
 from ..model.convert.aim import TOKENIZER, join_hub, split_hub
 from ..model.nets.aim import AiMConfig
 from . import convert_tokenizer
-from .arrays import load_weights
 from .errors import UserError
 from .override import apply_overrides
 from .schema import CodeData, ImageData, ImageSample, Precision, Run
-from .stages import resolve, stage_dir
-from .tokenizer import load_tokenizer
+from .stages import stage_dir
 
 LAYOUTS = ("aim-hub", "aim-stage2")
 # As the published demo draws; the FID protocol has guidance 2 (B) or 1.75 (L, XL) and no filters.
@@ -97,18 +96,21 @@ def from_run(
     """Layout, hyperparameters and arrays under the published names; arguments as of `export`.
 
     Raises:
-        UserError: the layout cannot hold the model.
+        UserError: the layout cannot hold the model, or the tokenizer is not the one it was trained
+            with.
     """
     try:
         reference = layout_of.config_to_reference(run.net)
     except ValueError as error:
         raise UserError(f"{run_dir} does not fit the layout: {error}") from error
-    stage2 = layout_of.to_reference(load_weights(run, run_dir), run.net)
+    from .load import load
+
+    loaded = load(run_dir)
+    stage2 = layout_of.to_reference(jax.tree.map(np.asarray, loaded.variables), run.net)
     layout = layout or ("aim-hub" if run.data.tokenizer else "aim-stage2")
     if layout == "aim-stage2":
         return layout, reference, stage2
     if not run.data.tokenizer:
         raise UserError(f"{run_dir} names no tokenizer; use --layout aim-stage2")
-    tokenizer = load_tokenizer(resolve(run.data.tokenizer, run_dir))
-    arrays = convert_tokenizer.arrays_of(tokenizer.params["tokenizer"])
+    arrays = convert_tokenizer.arrays_of(loaded.tokenizer.params["tokenizer"])
     return layout, reference, join_hub(stage2, arrays, run.net.tie_embeddings)

@@ -19,7 +19,7 @@ from .launch import program
 from .loop import Result
 from .mesh import check_batch, make_mesh
 from .override import apply_overrides, diff
-from .schema import CodeData, Data, Run, Sample
+from .schema import CodeData, Data, ImageData, Run, Sample
 from .stages import codes_dir, resolve
 from .state import TrainState
 from .tasks import make_task
@@ -28,6 +28,7 @@ from .validate import validate
 # Groups of fields that each command reads; a run's other settings are those it was trained with.
 EVAL_FIELDS = ("data", "eval", "mesh", "precision", "batch_size", "sample")
 SAMPLE_FIELDS = ("sample", "precision", "data.vocab", "data.tokenizer")
+_ENCODING = ("data.images.", "data.views", "data.resizes")  # read when codes are made
 
 
 def finish(run: Run, result: Result, words: Sequence[str]) -> None:
@@ -58,14 +59,16 @@ def finish(run: Run, result: Result, words: Sequence[str]) -> None:
         print("  " + ", ".join(f"{k} {v:.4g}" for k, v in figures.items()))
 
     text = isinstance(run.sample, Sample)
-    loaded = load(run_dir)
+    blind = isinstance(run.data, CodeData) and not run.data.tokenizer
     if text:
         print(f"\nsample, prompt {run.sample.prompt!r}:\n" + "-" * 72)
+        draw(load(run_dir), run.sample, run.seed)
+        print("-" * 72)
+    elif blind:
+        print("\nno sample: data.tokenizer names nothing that makes pixels of codes")
     else:
         print("\nsample:")
-    draw(loaded, run.sample, run.seed)
-    if text:
-        print("-" * 72)
+        draw(load(run_dir), run.sample, run.seed)
     print(f"loss curve  {run_dir}/plots/loss.png\nmetrics     {run_dir}/metrics.jsonl")
     here, lintime = shlex.quote(str(run_dir)), " ".join(program())
     lines = [f"  train longer     {shlex.join(_with(words, f'steps={2 * run.steps}'))}"]
@@ -77,12 +80,14 @@ def finish(run: Run, result: Result, words: Sequence[str]) -> None:
             f"  your own text    {shlex.join(mine)}",
         ]
     else:
-        field = "data.images.path" if isinstance(run.data, CodeData) else "data.path"
-        mine = [*_with(_without_run(words), f"{field}=FOLDER_OF_CLASS_FOLDERS")]
+        made_here = isinstance(run.data, CodeData) and not run.data.path
+        mine = "data.images.path=FOLDER_OF_CLASS_FOLDERS" if made_here else "data.path=FOLDER"
+        mine = [*_with(_without_run(words), mine), "--run", "runs/mine"]
+        with_tokenizer = " data.tokenizer=DIR_OR_FILE" if blind else ""
         lines += [
-            f"  sample           {lintime} sample --run {here} --seed 1",
+            f"  sample           {lintime} sample --run {here} --seed 1{with_tokenizer}",
             f"  evaluate         {lintime} eval --run {here}",
-            f"  your own images  {shlex.join([*mine, '--run', 'runs/mine'])}",
+            f"  your own images  {shlex.join(mine)}",
         ]
     lines.append(f"  resume           {command}   (after an interruption: the same command)")
     print("\nnext:\n" + "\n".join(lines))
@@ -125,6 +130,24 @@ def evaluate_run(run_dir: str, overrides: list[str], split: str, step: int | Non
     run = _changed(path, overrides, "eval", EVAL_FIELDS)
     loaded = _load(path, run, step)
     codes = codes_dir(run, path) if isinstance(run.data, CodeData) else None
+    if codes and not run.data.path and not codes.exists() and run.eval.samples:
+        print(f"{path}: no loss, for there are no codes (data.path=DIR)")
+        result = {}
+    else:
+        result = _losses(run, loaded, split, path, codes)
+    from .evaluate.runs import image_figures
+
+    figures = image_figures(loaded, run, split)
+    notes, protocol = figures.pop("notes", []), figures.pop("protocol", "")
+    for name, value in figures.items():
+        print(f"  {name:16} {value:.6g}")
+    for line in filter(None, (str(protocol), *notes)):
+        print(f"  {line}")
+    return result | figures
+
+
+def _losses(run: Run, loaded, split: str, path: Path, codes: Path | None) -> dict[str, float]:
+    """What validation during training computes, on a split, printed and returned."""
     data = open_split(run, split, path, codes)
     task = make_task(run)
     task.check_data(data)
@@ -140,28 +163,23 @@ def evaluate_run(run_dir: str, overrides: list[str], split: str, step: int | Non
     stats = jax.device_put(loaded.stats, NamedSharding(mesh, PartitionSpec()))
     state = TrainState(None, params, {}, {}, stats, {})
     result = evaluate(state)
+    if isinstance(run.data, ImageData):
+        del result["psnr"]  # that of 8-bit images follows
     width = min(shutil.get_terminal_size().columns, 100)
     print(f"{path} on {split} of {codes or run.data.path}"[:width])
     for name, value in result.items():
         print(f"  {name:16} {value:.6g}")
     for value in task.yardstick(data, run.eval.batches).values():
         print(f"  {'gzip -9':16} {value:.6g} bits per byte on the same bytes")
-    from .evaluate.runs import image_figures
-
-    figures = image_figures(loaded, run, split)
-    notes, protocol = figures.pop("notes", []), figures.pop("protocol", "")
-    for name, value in figures.items():
-        print(f"  {name:16} {value:.6g}")
-    for line in filter(None, (str(protocol), *notes)):
-        print(f"  {line}")
-    return result | figures
+    return result
 
 
 def sample_run(run_dir: str, overrides: list[str], seed: int, step: int | None) -> list:
     """`lintime sample`: text continued on standard output, or images written to samples/.
 
     Args:
-        overrides: fields of `sample`, or where the vocabulary or tokenizer has moved.
+        overrides: fields of `sample`, where the vocabulary or tokenizer has moved, or of which
+            images to show reconstructions.
         step: checkpoint; None = the newest.
     """
     run = _changed(Path(run_dir), overrides, "sample", SAMPLE_FIELDS)
@@ -171,8 +189,15 @@ def sample_run(run_dir: str, overrides: list[str], seed: int, step: int | None) 
 def _changed(run_dir: Path, overrides: list[str], command: str, allowed: tuple[str, ...]) -> Run:
     """The saved config with overrides; a field the command would ignore is refused."""
     saved = read_config(run_dir / "config.json")
+    if command == "sample" and isinstance(saved.data, ImageData):
+        allowed = (*allowed, "data")
     run = apply_overrides(saved, overrides)
     for path, _, _ in diff(saved, run):
+        if isinstance(saved.data, CodeData) and path.startswith(_ENCODING):
+            raise UserError(
+                f"{path} says how codes are made, {command} makes none; make some with "
+                "`lintime prepare codes` and name them with data.path"
+            )
         if not any(path == a or path.startswith(f"{a}.") for a in allowed):
             raise UserError(
                 f"{path} is part of the trained run; {command} takes {', '.join(allowed)}"
@@ -192,4 +217,6 @@ def _load(run_dir: str | Path, run: Run, step: int | None):
         return loaded
     if isinstance(run.data, CodeData):
         return load(run_dir, tokenizer=resolve(run.data.tokenizer, run_dir), **options)
-    return load(run_dir, **options)
+    loaded = load(run_dir, **options)
+    loaded.config = run  # the images may be others
+    return loaded

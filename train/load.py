@@ -16,7 +16,7 @@ from ..model.nets.aim import AiMConfig
 from ..model.nets.mamba_lm import MambaConfig
 from ..model.nets.transformer_vq import TransformerVQConfig
 from ..model.nets.vq_tokenizer import VQTokenizerConfig
-from .arrays import WEIGHTS
+from .arrays import INDEX, WEIGHTS
 from .checkpoint import FOLDER, Checkpoints, restore_inference
 from .config_files import read_config
 from .errors import UserError
@@ -67,7 +67,8 @@ def load(
                 f"{path} is not a directory; name one that `lintime train` or `convert` wrote"
             )
         path = fetch(name)
-    if not (path / FOLDER).is_dir() and any((path / file).is_file() for file in WEIGHTS.values()):
+    weights = [path / (name + end) for name in WEIGHTS.values() for end in ("", INDEX)]
+    if not (path / FOLDER).is_dir() and any(file.is_file() for file in weights):
         return load_published(path, LOADED, precision, **options)
     if not (path / "config.json").is_file():
         raise UserError(

@@ -12,16 +12,10 @@ import numpy as np
 from ..model.sampling.classes import guidance_schedule, make_class_sampler, row_keys
 from .errors import UserError
 from .loaded import LoadedRun
+from .pictures import to_uint8
 from .schema import ImageSample
 from .stages import resolve
 from .tokenizer import LoadedTokenizer, check_fingerprint, load_tokenizer
-
-__all__ = ["LoadedImages", "to_uint8"]
-
-
-def to_uint8(images) -> np.ndarray:
-    """Images in [-1, 1] as uint8: clip(127.5 x + 128, 0, 255), rounded down (as LlamaGen does)."""
-    return np.asarray(jnp.clip(127.5 * images + 128.0, 0, 255)).astype(np.uint8)
 
 
 class LoadedImages(LoadedRun):
@@ -87,7 +81,7 @@ class LoadedImages(LoadedRun):
             [n, H, W, 3] uint8.
 
         Raises:
-            UserError: a class id out of range, or no tokenizer.
+            UserError: no class, one out of range, or no tokenizer.
         """
         return np.concatenate(list(self.stream(classes, seed=seed, start=start, **settings)))
 
@@ -99,6 +93,8 @@ class LoadedImages(LoadedRun):
         usual = self.config.sample
         s = ImageSample(**{name: getattr(usual, name) for name in fields} | settings)
         net = self.config.net
+        if not len(classes):
+            raise UserError("no classes were given; name one for each image to draw")
         wrong = [c for c in classes if not 0 <= c < net.num_classes]
         if wrong:
             raise UserError(

@@ -7,10 +7,28 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
 from .files import write_atomic
+
+
+def to_uint8(images: np.ndarray | jax.Array) -> np.ndarray:
+    """Images in [-1, 1] as the bytes of their files, of any shape: floor of clip(127.5 x + 128, 0,
+    255), which rounds to the nearest level (as LlamaGen does). uint8 passes through.
+
+    Raises:
+        ValueError: other integers.
+    """
+    if images.dtype == np.uint8:
+        return np.asarray(images)
+    if not jnp.issubdtype(images.dtype, jnp.floating):
+        raise ValueError(f"images are uint8, or float in [-1, 1], got {images.dtype}")
+    xp = jnp if isinstance(images, jax.Array) else np  # on the device: bytes are less to fetch
+    levels = xp.clip(127.5 * images.astype(np.float32) + 128, 0, 255)
+    return np.asarray(levels.astype(np.uint8))
 
 
 def image_grid(

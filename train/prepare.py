@@ -144,8 +144,9 @@ def prepare_codes(
         if not (out / INFO_FILE).exists():
             write_atomic(out / PLAN_FILE, info.to_json())
     _barrier("plan")  # nobody writes before the folder says for what
+    lacking = set(missing)
     mine = everything[jax.process_index() :: jax.process_count()]
-    mine = [item for item in mine if item in set(missing)]
+    mine = [item for item in mine if item in lacking]
     crops = sum(info.shard_shape(*item)[0] * info.num_views(item[0]) for item in mine)
     encode = _encoder(tokenizer, batch_size, (images.size, images.size, 3))
     with progress(crops, "encoding", unit=" crops", disable=not primary) as bar:

@@ -13,8 +13,8 @@ import tqdm
 
 from .data.open import open_split
 from .evaluate.reference import write_samples_npz
-from .loaded_images import LoadedImages, to_uint8
-from .pictures import image_grid, save_each, save_png
+from .loaded_images import LoadedImages
+from .pictures import image_grid, save_each, save_png, to_uint8
 from .schema import ImageSample
 from .tokenizer import LoadedTokenizer
 

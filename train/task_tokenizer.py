@@ -78,15 +78,9 @@ class TokenizerTask(Task):
         variables = self.net.init({"params": key}, images)
         out = {"params": {"tokenizer": variables["params"]}, "stats": {}}
         if self.discriminator is not None:
-            least = jnp.zeros(
-                (
-                    1,
-                    2 ** (self.run.process.disc_layers + 2),
-                )
-                * 2
-                + (3,)
-            )
-            variables = self.discriminator.init({"params": jax.random.fold_in(key, 1)}, least)
+            size = self.discriminator.least_size
+            images = jnp.zeros((1, size, size, 3))
+            variables = self.discriminator.init({"params": jax.random.fold_in(key, 1)}, images)
             out["params"]["discriminator"] = variables["params"]
             out["stats"]["discriminator"] = variables["batch_stats"]
         return out

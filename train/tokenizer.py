@@ -93,6 +93,11 @@ def load_tokenizer(path: str | Path) -> LoadedTokenizer:
         UserError: nothing there, or a run or file of something else.
     """
     path = Path(path).expanduser()
+    if not path.exists():
+        raise UserError(
+            f"the tokenizer {path} does not exist; name a run directory of a tokenizer, or a file "
+            "of published weights"
+        )
     if (path / "config.json").is_file() and (path / "checkpoints").is_dir():
         from .load import load
 

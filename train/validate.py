@@ -8,7 +8,7 @@ from ..model.nets import aim, mamba_lm
 from ..model.nets.aim import AiMConfig
 from ..model.nets.mamba_lm import MambaConfig
 from ..model.nets.transformer_vq import TransformerVQConfig
-from ..model.nets.vq_tokenizer import VQTokenizerConfig
+from ..model.nets.vq_tokenizer import VQTokenizerConfig, check_channels
 from ..model.processes.adversarial import AdversarialReconstruction
 from ..model.processes.autoregressive import Autoregressive
 from .config_files import KINDS, unknown_kind
@@ -118,8 +118,11 @@ def validate(run: Run) -> None:
         if type(getattr(run, part)) not in kinds.values():
             raise unknown_kind(part, type(getattr(run, part)).__name__, kinds)
     _check_relations(run)
-    for stage in run.stages:
-        validate(stage)
+    for number, stage in enumerate(run.stages):
+        try:
+            validate(stage)
+        except UserError as error:
+            raise UserError(f"stages.{number}: {error}") from None
 
 
 def _check_relations(run: Run) -> None:
@@ -151,6 +154,10 @@ def _check_relations(run: Run) -> None:
         except ValueError as error:
             raise UserError(f"net: {error}") from error
     if isinstance(net, VQTokenizerConfig):
+        try:
+            check_channels(net)
+        except ValueError as error:
+            raise UserError(f"net: {error}") from error
         check_perceptual(run)
         if run.precision.unroll:
             raise UserError(

@@ -55,6 +55,22 @@ class VQTokenizerConfig:
         return 2 ** (len(self.ch_mult) - 1)
 
 
+def check_channels(config: VQTokenizerConfig) -> None:
+    """Whether there are levels, and group norms divide their channels.
+
+    Raises:
+        ValueError: with the numbers.
+    """
+    c = config
+    if not c.ch_mult or min(c.ch_mult) < 1:
+        raise ValueError(f"ch_mult={c.ch_mult}: give a whole number of at least 1 for each level")
+    if odd := sorted({c.ch * m for m in (1, *c.ch_mult) if c.ch * m % GROUPS}):
+        raise ValueError(
+            f"ch={c.ch} and ch_mult={c.ch_mult} give levels of {odd} channels; all must be "
+            f"multiples of {GROUPS}, the groups of the norms"
+        )
+
+
 class TokenizerOutput(NamedTuple):
     """What `VQTokenizer` computes of images [B, H, W, C]; h, w = H, W / downsample.
 
@@ -318,12 +334,7 @@ class VQTokenizer(nn.Module):
 
     def setup(self):
         c = self.config
-        odd = sorted({c.ch * m for m in (1, *c.ch_mult) if c.ch * m % GROUPS})
-        if odd or not c.ch_mult:
-            raise ValueError(
-                f"ch={c.ch} and ch_mult={c.ch_mult} give levels of {odd} channels; all must be "
-                f"multiples of {GROUPS}, the groups of the norms"
-            )
+        check_channels(c)
         block = ResnetBlock
         if self.remat != "none":
             block = nn.remat(ResnetBlock, policy=REMAT_POLICIES[self.remat])

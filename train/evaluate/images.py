@@ -25,6 +25,7 @@ from ...model.nets.inception import (
 )
 from ..arrays import read_arrays
 from ..errors import UserError
+from ..pictures import to_uint8
 from .reference import Gaussian, Reference, sha256_of
 from .statistics import (
     NEIGHBOURS,
@@ -129,21 +130,6 @@ def load_inception(path: str | Path, *, batch_size: int = 64, devices=None) -> I
         return InceptionFeatures(*map(np.concatenate, zip(*pieces)))
 
     return Inception(features, sha256_of(path))
-
-
-def to_uint8(images: np.ndarray) -> np.ndarray:
-    """Images in [-1, 1] as the bytes of their files, clip(127.5 x + 128, 0, 255) cut to whole
-    numbers (rounds to the nearest); uint8 passes through.
-
-    Raises:
-        ValueError: other integers.
-    """
-    images = np.asarray(images)
-    if images.dtype == np.uint8:
-        return images
-    if np.issubdtype(images.dtype, np.integer) or images.dtype == bool:
-        raise ValueError(f"images are uint8, or float in [-1, 1], got {images.dtype}")
-    return np.clip(127.5 * images.astype(np.float32) + 128, 0, 255).astype(np.uint8)
 
 
 def evaluate_generation(
