@@ -5,7 +5,10 @@ Parameters carry the names of the published checkpoints (`mamba_ssm`); see `mode
 
 from __future__ import annotations
 
+import functools
+import itertools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -15,6 +18,7 @@ from jax import Array
 
 from ...kernels_pallas import ssd_decode
 from ...kernels_pallas.causal_conv1d import causal_conv1d
+from ...kernels_pallas.compat import vary
 from ...kernels_pallas.selective_scan import selective_scan, selective_scan_step
 from ...kernels_pallas.ssd import ssd, ssd_step
 from ...kernels_pallas.ssd.prepare import gate
@@ -60,6 +64,52 @@ def uniform(limit: float):
     )
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _dot_parts(x, kernel, ends):
+    """x kernel, its columns cut at `ends` into arrays of their own."""
+    return tuple(jnp.dot(x, part) for part in jnp.split(kernel, ends, axis=-1))
+
+
+def _dot_parts_bwd(ends, operands, parts):
+    del ends
+    _, pull = jax.vjp(jnp.dot, *operands)
+    return pull(jnp.concatenate(parts, axis=-1))
+
+
+_dot_parts.defvjp(
+    lambda x, kernel, ends: (_dot_parts(x, kernel, ends), (x, kernel)), _dot_parts_bwd
+)
+
+
+class PartedDense(nn.Module):
+    """x W (+ b) as arrays of some columns each: kernels that read them need no copies.
+
+    Parameters, `kernel` [d, sum] and `bias` [sum], and gradients are those of one `nn.Dense`.
+
+    Attributes:
+        widths: columns of the parts.
+        use_bias, kernel_init, dtype: as in `nn.Dense`.
+    """
+
+    widths: tuple[int, ...]
+    use_bias: bool
+    kernel_init: Callable
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: Array, whole: bool = False) -> Array | tuple[Array, ...]:
+        """The parts of x W + b [.., width]; or, `whole`, all in one array."""
+        total, ends = sum(self.widths), tuple(itertools.accumulate(self.widths[:-1]))
+        kernel = self.param("kernel", self.kernel_init, (x.shape[-1], total))
+        x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
+        ends = () if whole else ends
+        parts = _dot_parts(*vary((x, kernel), (x, kernel)), ends)
+        if self.use_bias:
+            bias = self.param("bias", nn.initializers.zeros, (total,)).astype(self.dtype)
+            parts = tuple(y + b for y, b in zip(parts, jnp.split(bias, ends), strict=True))
+        return parts[0] if whole else parts
+
+
 class CausalConv(nn.Module):
     """Depthwise causal convolution over time with SiLU: parameters `kernel` [W, C] and `bias` [C].
 
@@ -75,14 +125,27 @@ class CausalConv(nn.Module):
     def __call__(self, x, **options):
         """y [B, T, C] and the new state; `options` as for `causal_conv1d`.
 
-        A single token x [B, C] takes the options of `conv_step` instead.
+        A tuple x of arrays of some channels each gives such a tuple y. A single token x [B, C]
+        takes the options of `conv_step` instead.
         """
-        limit = self.width**-0.5
-        kernel = self.param("kernel", uniform(limit), (self.width, x.shape[-1]))
-        bias = self.param("bias", uniform(limit), (x.shape[-1],)) if self.use_bias else None
-        if x.ndim == 2:
+        limit, parts = self.width**-0.5, x if isinstance(x, tuple) else (x,)
+        channels = sum(part.shape[-1] for part in parts)
+        kernel = self.param("kernel", uniform(limit), (self.width, channels))
+        bias = self.param("bias", uniform(limit), (channels,)) if self.use_bias else None
+        if parts[0].ndim == 2:
             return conv_step(x, kernel, bias, **options)
-        return causal_conv1d(x, kernel, bias, activation="silu", **options)
+        state, outputs, start = options.pop("state", None), [], 0
+        for part in parts:
+            own = slice(start, start := start + part.shape[-1])
+            of_part = lambda a, own=own: None if a is None else a[..., own]
+            outputs.append(
+                causal_conv1d(
+                    part, of_part(kernel), of_part(bias), activation="silu", state=of_part(state),
+                    **options,
+                )
+            )  # fmt: skip
+        ys, states = zip(*outputs, strict=True)
+        return (ys if isinstance(x, tuple) else ys[0]), jnp.concatenate(states, axis=-1)
 
 
 class _Recurrent(nn.Module):
@@ -343,8 +406,8 @@ class Mamba2(_Recurrent):
 
     def setup(self):
         d_mlp, d_ssm, heads = self.sizes()
-        width = 2 * d_mlp + 2 * d_ssm + 2 * self.ngroups * self.d_state + heads
-        self.in_proj = self._dense(width, self.use_bias)
+        widths = 2 * d_mlp + d_ssm, d_ssm, 2 * self.ngroups * self.d_state + heads
+        self.in_proj = PartedDense(widths, self.use_bias, uniform_fan_in, self.dtype)
         self.conv1d = CausalConv(self.d_conv, self.conv_bias)
         self.dt_bias = self.param(
             "dt_bias", inverse_softplus_uniform(*self.dt_range, self.dt_floor), (heads,)
@@ -380,13 +443,15 @@ class Mamba2(_Recurrent):
         batch, t_len, _ = u.shape
         d_mlp, d_ssm, heads = self.sizes()
         u = constrain(u, "batch", "seq", None)
-        projected = constrain(self.in_proj(u), "batch", "seq", "features")
-        z0, x0, z, xbc, dt = self._split(projected)
-        xbc, conv = self.conv1d(
-            xbc, state=None if state is None else state.conv, resets=resets, lengths=lengths,
+        parts = self.in_proj(u)
+        gates, x, bc_dt = (constrain(part, "batch", "seq", "features") for part in parts)
+        z0, x0, z = jnp.split(gates, (d_mlp, 2 * d_mlp), axis=-1)
+        bc, dt = jnp.split(bc_dt, (2 * self.ngroups * self.d_state,), axis=-1)
+        (x, bc), conv = self.conv1d(
+            (x, bc), state=None if state is None else state.conv, resets=resets, lengths=lengths,
             reverse=self.reverse,
         )  # fmt: skip
-        x, b, c = jnp.split(xbc, [d_ssm, d_ssm + self.ngroups * self.d_state], axis=-1)
+        b, c = jnp.split(bc, 2, axis=-1)
         to_heads = lambda a: a.reshape(batch, t_len, heads, self.headdim)
         to_groups = lambda a: a.reshape(batch, t_len, self.ngroups, self.d_state)
         y, ssm = ssd(
@@ -405,7 +470,9 @@ class Mamba2(_Recurrent):
 
     def _one(self, u, state):
         d_mlp, d_ssm, heads = self.sizes()
-        z0, x0, z, xbc, dt = self._split(constrain(self.in_proj(u), "batch", "features"))
+        z0, x0, z, xbc, dt = self._split(
+            constrain(self.in_proj(u, whole=True), "batch", "features")
+        )
         xbc, conv = self.conv1d(xbc, window=state.conv, offset=getattr(state, "offset", None))
         to_heads = lambda a: a.reshape(-1, heads, self.headdim)
         to_groups = lambda a: a.reshape(-1, self.ngroups, self.d_state)

@@ -251,8 +251,8 @@ class AiM(nn.Module):
         modulation = self.modulation(labels)
         tokens = jnp.take(self.embedding, codes[:, :-1], axis=0)
         tokens = self.token_drop(tokens, deterministic=not random)
-        # A gather, as a slice's gradient (a sum over rows) would make XLA lay the residual stream of
-        # all blocks out with rows fastest, and transpose it at every matmul.
+        # A gather, as a slice's gradient (a sum over rows) would make XLA lay the residual stream
+        # of all blocks out with rows fastest, and transpose it at every matmul.
         position = jnp.arange(t_len - 1)
         tokens = tokens + jnp.take(self.position_embedding, position, axis=0, mode="clip")
         r = jnp.concatenate([modulation.first[:, None], tokens], axis=1)
