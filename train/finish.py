@@ -140,21 +140,20 @@ def evaluate_run(run_dir: str, overrides: list[str], split: str, step: int | Non
     stats = jax.device_put(loaded.stats, NamedSharding(mesh, PartitionSpec()))
     state = TrainState(None, params, {}, {}, stats, {})
     result = evaluate(state)
+    from .evaluate.runs import image_figures
+
+    figures = image_figures(loaded, run, split)
+    notes, protocol = figures.pop("notes", []), figures.pop("protocol", "")
+    result |= figures  # of two figures of one name (psnr) that of 8-bit images
     width = min(shutil.get_terminal_size().columns, 100)
     print(f"{path} on {split} of {codes or run.data.path}"[:width])
     for name, value in result.items():
         print(f"  {name:16} {value:.6g}")
     for value in task.yardstick(data, run.eval.batches).values():
         print(f"  {'gzip -9':16} {value:.6g} bits per byte on the same bytes")
-    from .evaluate.runs import image_figures
-
-    figures = image_figures(loaded, run, split)
-    notes, protocol = figures.pop("notes", []), figures.pop("protocol", "")
-    for name, value in figures.items():
-        print(f"  {name:16} {value:.6g}")
     for line in filter(None, (str(protocol), *notes)):
         print(f"  {line}")
-    return result | figures
+    return result
 
 
 def sample_run(run_dir: str, overrides: list[str], seed: int, step: int | None) -> list:
