@@ -285,6 +285,8 @@ def test_a_tokenizer_that_moved(copy, other_tokenizer, tmp_path):
     (copy / "stages/0").rename(moved)
     refused("stages/0", lambda: lintime.load(copy).tokenizer)
     there = lintime.load(copy, tokenizer=str(moved))
+    refused("0 classes", there.generate, [])
+    refused("0 rows", there.generate, [1], rows=0)
     assert there.generate([1], seed=3).shape == (1, SIZE, SIZE, 3)
     refused(
         "is not the tokenizer whose codes",

@@ -93,8 +93,8 @@ class LoadedImages(LoadedRun):
         usual = self.config.sample
         s = ImageSample(**{name: getattr(usual, name) for name in fields} | settings)
         net = self.config.net
-        if not len(classes):
-            raise UserError("no classes were given; name one for each image to draw")
+        if not len(classes) or s.rows < 1:
+            raise UserError(f"{len(classes)} classes, {s.rows} rows at a time; give at least 1")
         wrong = [c for c in classes if not 0 <= c < net.num_classes]
         if wrong:
             raise UserError(
