@@ -141,7 +141,6 @@ def changed(*path, value=None, delete=False):
     [
         (changed("optim", "momentum", value=1), "unknown field 'optim.momentum'"),
         (changed("net", "d_modl", value=1), "did you mean d_model?"),
-        (changed("optim", "eps", delete=True), "field 'optim.eps' is missing"),
         (changed("net", delete=True), "field 'net' is missing"),
         (changed("net", "kind", value="rnn"), "net: unknown kind 'rnn'; known kinds: aim, mamba"),
         (changed("net", value=3), "net: unknown kind None"),

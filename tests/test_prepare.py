@@ -149,11 +149,17 @@ def test_an_interrupted_run_continues_and_a_finished_one_is_left(images, tmp_pat
 def test_processes_share_the_shards(images, tmp_path, monkeypatch):
     run(images, tmp_path / "one")
     out, barriers = tmp_path / "two", []
-    monkeypatch.setattr(prepare, "_barrier", barriers.append)
+
+    def meet(name, failure=None):
+        barriers.append(name)
+        if failure:
+            raise failure
+
+    monkeypatch.setattr(prepare, "_barrier", meet)
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     monkeypatch.setattr(jax, "process_index", lambda: 1)
     _, lines = run(images, out)
-    assert lines == [] and barriers == ["looked", "plan", "shards", "done"]
+    assert lines == [] and barriers == ["looked", "plan", "shards", "complete", "done"]
     names = {n.split(".")[0] for n in contents(out)}
     assert names == {"train-00001", "train-00003", "validation-00001"}
     monkeypatch.setattr(jax, "process_index", lambda: 0)

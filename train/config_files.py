@@ -27,6 +27,7 @@ CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 CHANGEABLE = ("steps", "mesh", "log", "eval", "checkpoint", "sample")
 CHANGEABLE += ("data.workers", "data.cache", "data.images.workers")  # batches do not depend on them
 
+FIRST_KINDS = {"data": "text", "sample": "text"}  # before there were others
 KINDS = {"net": NETS, "process": PROCESSES, "data": DATA, "sample": SAMPLES}
 
 
@@ -111,8 +112,8 @@ def from_json(data: dict) -> Run:
     """Inverse of `to_json`: `from_json(to_json(run)) == run`, also after a trip through a file.
 
     Raises:
-        UserError: a field or kind that this version lacks, one that the file lacks, or a value of
-            another type, by name.
+        UserError: a field or kind that this version lacks, one without a default that the file
+            lacks, or a value of another type, by name.
     """
     if not isinstance(data, dict):
         raise UserError(f"saved config: expected an object, got {type(data).__name__}")
@@ -206,14 +207,16 @@ def _from_json(data: Any, annotation: Any, path: str) -> Any:
     for name in data:
         if name not in types:
             raise UserError(f"unknown field {prefix + name!r}{nearest(name, list(types))}")
-    fields = {}
+    fields, defaults = {}, {f.name: f.default for f in dataclasses.fields(annotation)}
     for name, field_type in types.items():
         if name not in data:
-            raise UserError(f"field {prefix + name!r} is missing")
+            if defaults[name] is dataclasses.MISSING:
+                raise UserError(f"field {prefix + name!r} is missing")
+            continue  # written before there was such a field: its default changes nothing
         part = data[name]
         if annotation is Run and name in KINDS:
             part = dict(part) if isinstance(part, dict) else {}
-            kind = part.pop("kind", None)
+            kind = part.pop("kind", FIRST_KINDS.get(name))
             if kind not in KINDS[name]:
                 raise unknown_kind(prefix + name, kind, KINDS[name])
             field_type = KINDS[name][kind]

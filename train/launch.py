@@ -6,9 +6,11 @@ import contextlib
 import os
 import signal
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 
 from .errors import UserError
 
@@ -53,6 +55,13 @@ def join(
         jax.distributed.initialize(**arguments)
     except (RuntimeError, ValueError) as error:
         raise UserError(f"cannot join the other processes: {str(error).splitlines()[0]}") from error
+
+
+def agree(flag: bool, how: Callable = all) -> bool:
+    """`how` (all, any) of the flags of all processes, the same answer in each."""
+    if jax.process_count() == 1:
+        return bool(flag)
+    return bool(how(multihost_utils.process_allgather(np.array([bool(flag)])).ravel().tolist()))
 
 
 class StopRequest:

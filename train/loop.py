@@ -13,7 +13,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
 from ..model.partition import unsharded
 from .checkpoint import Checkpoints, restore_inference
@@ -22,7 +21,7 @@ from .data.codes import finished_codes
 from .data.open import open_split
 from .errors import UserError
 from .evaluate import make_evaluator
-from .launch import StopRequest, stop_on_signals
+from .launch import StopRequest, agree, stop_on_signals
 from .mesh import check_batch, local_rows, make_mesh, put_batch, state_shardings
 from .metrics import Clock
 from .schema import Checkpoint, CodeData, Run
@@ -79,7 +78,13 @@ def train(
     check_stages(run)
     for number, stage in stages_of(run).items():
         folder = stage_dir(run_dir, number)
-        if not is_finished(stage, folder):
+        finished = is_finished(stage, folder)
+        if agree(finished, any) != agree(finished, all):
+            raise UserError(
+                f"processes see different files in {folder}; a run directory has to be on storage "
+                "that all share"
+            )
+        if not finished:
             result = train(stage, folder, devices=devices)
             if result.stopped:
                 return dataclasses.replace(result, where=f"stage {number}")
@@ -240,12 +245,9 @@ def _agreed(stop: StopRequest, step: int) -> bool:
     """Whether to leave: at once in one process; several must leave at the same step, so they ask
     around.
     """
-    if jax.process_count() == 1:
-        return bool(stop)
-    if step % 10:
+    if jax.process_count() > 1 and step % 10:
         return False
-    flags = multihost_utils.process_allgather(np.array([bool(stop)]))
-    return bool(np.any(flags))
+    return agree(bool(stop), any)
 
 
 def _keep_failure(run_dir: Path, step: int, state, data, rows, meta: dict) -> str:

@@ -14,7 +14,6 @@ from typing import Protocol
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
 from ..kernels_pallas.compat import auto_mesh
@@ -34,6 +33,7 @@ from .data.image_sources import find_image_splits
 from .data.tokens import progress
 from .errors import UserError
 from .files import write_atomic
+from .launch import agree
 from .schema import CodeData, ImageData
 
 SHARD_SIZE = 4096  # images; at 20 views of 256 codes a shard has 42 MB
@@ -149,19 +149,24 @@ def prepare_codes(
     mine = [item for item in mine if item in lacking]
     crops = sum(info.shard_shape(*item)[0] * info.num_views(item[0]) for item in mine)
     encode = _encoder(tokenizer, batch_size, (images.size, images.size, 3))
-    with progress(crops, "encoding", unit=" crops", disable=not primary) as bar:
-        for split, shard in mine:
-            source = splits[split].hash_of(range(*info.shard_range(split, shard)))
-            codes, labels = _encode_shard(splits[split], info, split, shard, encode, bar.update)
-            write_shard(out, info, split, shard, codes, labels, source)
+    try:
+        with progress(crops, "encoding", unit=" crops", disable=not primary) as bar:
+            for split, shard in mine:
+                source = splits[split].hash_of(range(*info.shard_range(split, shard)))
+                codes, labels = _encode_shard(splits[split], info, split, shard, encode, bar.update)
+                write_shard(out, info, split, shard, codes, labels, source)
+    except UserError as error:
+        _barrier("shards", error)
     _barrier("shards")
+    lost = [item for item in everything if not has_shard(out, info, *item)] if primary else []
+    if lost:
+        error = UserError(
+            f"{shard_files(out, *lost[0])[0]} is not there although every process is done; "
+            "give all of them one --out folder on a shared file system"
+        )
+        _barrier("complete", error)
+    _barrier("complete")
     if primary:
-        for item in everything:
-            if not has_shard(out, info, *item):
-                raise UserError(
-                    f"{shard_files(out, *item)[0]} is not there although every process is done; "
-                    "give all of them one --out folder on a shared file system"
-                )
         write_atomic(out / INFO_FILE, info.to_json())
         (out / PLAN_FILE).unlink(missing_ok=True)
         say(f"{out} holds the codes of {what}")
@@ -318,9 +323,13 @@ def _ahead(function: Callable, items: Iterable) -> Iterator:
             future.cancel()
 
 
-def _barrier(name: str) -> None:
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(f"prepare codes: {name}")
+def _barrier(name: str, failure: UserError | None = None) -> None:
+    """All processes meet here; a failure of one ends all, each with a reason."""
+    failed = agree(failure is not None, any)
+    if failure is not None:
+        raise failure
+    if failed:
+        raise UserError(f"another process could not go on (prepare codes, {name}); see its message")
 
 
 # ---------------------------------------------------------------- command line

@@ -5,10 +5,7 @@ Parameters carry the names of the published checkpoints (`mamba_ssm`); see `mode
 
 from __future__ import annotations
 
-import functools
-import itertools
 import math
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -18,13 +15,13 @@ from jax import Array
 
 from ...kernels_pallas import ssd_decode
 from ...kernels_pallas.causal_conv1d import causal_conv1d
-from ...kernels_pallas.compat import vary
 from ...kernels_pallas.selective_scan import selective_scan, selective_scan_step
 from ...kernels_pallas.ssd import ssd, ssd_step
 from ...kernels_pallas.ssd.prepare import gate
 from ...kernels_pallas.time_axis import resets_from_segments
 from ..layers.mlp import uniform_fan_in
 from ..layers.norms import GatedRMSNorm
+from ..layers.parted_dense import PartedDense
 from ..partition import constrain
 from .contract import enter_segments, refuse_context, row_lengths
 from .mamba_decode import CACHES, DualCache, RecurrentCache, conv_step
@@ -62,52 +59,6 @@ def uniform(limit: float):
     return lambda key, shape, dtype=jnp.float32: jax.random.uniform(
         key, shape, dtype, -limit, limit
     )
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _dot_parts(x, kernel, ends):
-    """x kernel, its columns cut at `ends` into arrays of their own."""
-    return tuple(jnp.dot(x, part) for part in jnp.split(kernel, ends, axis=-1))
-
-
-def _dot_parts_bwd(ends, operands, parts):
-    del ends
-    _, pull = jax.vjp(jnp.dot, *operands)
-    return pull(jnp.concatenate(parts, axis=-1))
-
-
-_dot_parts.defvjp(
-    lambda x, kernel, ends: (_dot_parts(x, kernel, ends), (x, kernel)), _dot_parts_bwd
-)
-
-
-class PartedDense(nn.Module):
-    """x W (+ b) as arrays of some columns each: kernels that read them need no copies.
-
-    Parameters, `kernel` [d, sum] and `bias` [sum], and gradients are those of one `nn.Dense`.
-
-    Attributes:
-        widths: columns of the parts.
-        use_bias, kernel_init, dtype: as in `nn.Dense`.
-    """
-
-    widths: tuple[int, ...]
-    use_bias: bool
-    kernel_init: Callable
-    dtype: jnp.dtype
-
-    @nn.compact
-    def __call__(self, x: Array, whole: bool = False) -> Array | tuple[Array, ...]:
-        """The parts of x W + b [.., width]; or, `whole`, all in one array."""
-        total, ends = sum(self.widths), tuple(itertools.accumulate(self.widths[:-1]))
-        kernel = self.param("kernel", self.kernel_init, (x.shape[-1], total))
-        x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
-        ends = () if whole else ends
-        parts = _dot_parts(*vary((x, kernel), (x, kernel)), ends)
-        if self.use_bias:
-            bias = self.param("bias", nn.initializers.zeros, (total,)).astype(self.dtype)
-            parts = tuple(y + b for y, b in zip(parts, jnp.split(bias, ends), strict=True))
-        return parts[0] if whole else parts
 
 
 class CausalConv(nn.Module):
