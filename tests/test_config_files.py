@@ -192,7 +192,7 @@ def test_other_changes_are_refused_by_name():
         assert part in message
     assert "steps" not in message
     staged = [dataclasses.replace(RUN, stages=(r,)) for r in (RUN, other)]
-    assert "stages[0].seed (0 -> 1)" in fails(check_continuation, *staged)
+    assert "stages.0.seed (0 -> 1)" in fails(check_continuation, *staged)
 
 
 # ---------------------------------------------------------------- values

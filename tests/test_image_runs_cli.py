@@ -103,7 +103,7 @@ def test_the_same_command_again_and_a_fresh_one(cli, config, run):
     line = cli.refused("train", config, "net.d_model=32", "--run", run)
     assert "net.d_model (16 -> 32)" in line and "--fresh" in line
     line = cli.refused("train", config, "stages.0.net.ch=64", "--run", run)
-    assert "stages[0].net.ch (32 -> 64)" in line
+    assert "stages.0.net.ch (32 -> 64)" in line
     assert saved(run) == after
 
 

@@ -123,7 +123,7 @@ def test_diff():
     assert set(diff(RUN, other)) == {("net.d_k", 128, 3), ("seed", 0, 9)}
     assert diff(RUN, Run(net=Net())) == [("net", "TransformerVQConfig", "Net")]
     one, two = (dataclasses.replace(RUN, stages=(r,)) for r in (RUN, other))
-    assert [p for p, _, _ in diff(one, two)] == ["stages[0].net.d_k", "stages[0].seed"]
+    assert [p for p, _, _ in diff(one, two)] == ["stages.0.net.d_k", "stages.0.seed"]
     assert diff(RUN, one) == [("stages", "0 parts", "1 parts")]
 
 

@@ -162,7 +162,7 @@ def check_continuation(saved: Run, requested: Run) -> None:
     changed = [
         f"{path} ({old!r} -> {new!r})"
         for path, old, new in diff(saved, requested)
-        if not _may_change(re.sub(r"^(stages\[\d+\]\.)*", "", path))
+        if not _may_change(re.sub(r"^(stages\.\d+\.)*", "", path))
     ]
     if changed:
         raise UserError(

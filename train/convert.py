@@ -126,6 +126,11 @@ def run_command(arguments: argparse.Namespace) -> None:
         )
         print(f"{weights} holds the weights in the {layout} layout, "
               f"{hyperparameters} the hyperparameters.")  # fmt: skip
+        if getattr(read_config(source / "config.json").net, "position_offset", 1) == 0:
+            print(
+                "The layout cannot say net.position_offset=0: the published code samples as if it "
+                "were 1, and to read it back here takes convert ... net.position_offset=0"
+            )
 
 
 # ---------------------------------------------------------------- checkpoint -> run directory

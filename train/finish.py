@@ -128,6 +128,9 @@ def evaluate_run(run_dir: str, overrides: list[str], split: str, step: int | Non
     """
     path = Path(run_dir)
     run = _changed(path, overrides, "eval", EVAL_FIELDS)
+    for field, file in (("inception", run.eval.inception), ("reference", run.eval.reference)):
+        if file and not Path(file).is_file():  # said before the validation, which may take long
+            raise UserError(f"eval.{field}={file} is not there; check the path")
     loaded = _load(path, run, step)
     codes = codes_dir(run, path) if isinstance(run.data, CodeData) else None
     if codes and not run.data.path and not codes.exists() and run.eval.samples:

@@ -53,7 +53,7 @@ def diff(a: Run, b: Run) -> list[tuple[str, Any, Any]]:
     """Fields in which two runs differ, as (path, value in `a`, value in `b`).
 
     Where a part is of another kind altogether (`net`), the part is listed once with the names of
-    its two classes; stages are compared one by one (`stages[0].steps`) if their number is the same.
+    its two classes; stages are compared one by one (`stages.0.steps`) if their number is the same.
     """
     return list(_diff(a, b, ""))
 
@@ -235,6 +235,6 @@ def _diff(a: Any, b: Any, path: str) -> Iterator[tuple[str, Any, Any]]:
             yield path, f"{len(a)} parts", f"{len(b)} parts"
         else:
             for i, (x, y) in enumerate(zip(a, b)):
-                yield from _diff(x, y, f"{path}[{i}]")
+                yield from _diff(x, y, f"{path}.{i}")
     elif a != b:
         yield path, a, b

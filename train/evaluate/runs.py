@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from ..data.batches import pick, row_uniforms
 from ..data.open import open_split
 from ..loaded_images import LoadedImages
 from ..mesh import local_rows, make_mesh, put_batch
@@ -34,19 +35,21 @@ def image_figures(loaded, run: Run, split: str, seed: int = 0) -> dict[str, Any]
     """
     if not isinstance(loaded, LoadedImages | LoadedTokenizer):
         return {}
-    inception = load_inception(run.eval.inception) if run.eval.inception else None
-    if isinstance(loaded, LoadedTokenizer):
-        return evaluate_reconstruction(_pairs(loaded, run, split), inception=inception)
-    if not run.eval.samples:
+    draws = isinstance(loaded, LoadedImages)
+    if draws and not run.eval.samples:
         note = (
             "set eval.samples=N eval.inception=FILE eval.reference=FILE for FID and its relatives"
         )
         return {"notes": [note], "protocol": ""}
+    inception = load_inception(run.eval.inception) if run.eval.inception else None
+    if not draws:
+        return evaluate_reconstruction(_pairs(loaded, run, split), inception=inception)
     reference = read_reference(run.eval.reference) if run.eval.reference else None
-    classes = np.random.default_rng(seed).integers(run.net.num_classes, size=run.eval.samples)
+    uniform = row_uniforms(seed, 0, np.arange(run.eval.samples), 1)[:, 0]
+    classes = [pick(u, run.net.num_classes) for u in uniform]
     s = run.sample
     images = loaded.stream(
-        classes.tolist(), seed=seed, guidance=s.guidance, schedule=s.schedule,
+        classes, seed=seed, guidance=s.guidance, schedule=s.schedule,
         temperature=s.temperature, top_k=s.top_k, top_p=s.top_p, rows=s.rows,
     )  # fmt: skip
     return evaluate_generation(
