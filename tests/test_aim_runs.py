@@ -298,6 +298,7 @@ def test_a_tokenizer_that_moved(copy, other_tokenizer, tmp_path):
 # ---------------------------------------------------------------- mixers and hubs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mixer", ["attention", "mamba1"])
 def test_other_mixers_train_through_the_same_config(mixer, whole, tmp_path):
     run, folder = whole

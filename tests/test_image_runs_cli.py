@@ -212,6 +212,7 @@ def test_eval_of_both_kinds(cli, run):
 # ---------------------------------------------------------------- prepare
 
 
+@pytest.mark.slow
 def test_prepare_codes_then_train_on_them(cli, config, run, tmp_path):
     saved_config = json.loads((run / "config.json").read_text())
     images, tokenizer, out = (

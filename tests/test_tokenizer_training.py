@@ -283,8 +283,8 @@ def on_one_device():
     [("mesh.data=8",), ("mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2")],
     ids=["data", "mixed"],
 )
-@pytest.mark.slow
 def test_aim_trains_alike_on_any_mesh(mesh, on_one_device):
+    """On the mixed mesh the partitioner once took the MLP's modulation from other rows."""
     if jax.device_count() < 8:
         pytest.skip("needs 8 devices")
     one, a = on_one_device

@@ -157,7 +157,10 @@ class Layer(nn.Module):
         """New residual stream and state: whole rows [B, T, d], or a step [B, d] with a state."""
         vectors = vectors.reshape(3, self.config.branches, *vectors.shape[1:])
         vectors = vectors[..., None, :] if state is None else vectors
-        shift, scale, gate = vectors.astype(r.dtype)
+        # Each is said to follow the rows: left to itself XLA's partitioner takes rows of other
+        # devices for some of them on meshes of data, fsdp and tensor (jax 0.10 to 0.12).
+        by_row = lambda v: constrain(v, "batch", *[None] * (v.ndim - 1))
+        shift, scale, gate = ([by_row(v) for v in kind] for kind in vectors.astype(r.dtype))
         fixed = not self.has_rng("dropout")
         axes = ("batch", "seq", None) if state is None else ("batch", None)
 
