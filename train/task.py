@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 from typing import Any
 
@@ -17,7 +18,7 @@ DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
 @dataclasses.dataclass(frozen=True)
-class Task:
+class Task(abc.ABC):
     """Binds net, process and data kind of a run; a system derives its own from this.
 
     The functions of arrays (`init`, `loss`, `absorb`, `report`, `evaluate`) are pure.
@@ -34,9 +35,9 @@ class Task:
     unit = "images"
 
     @property
+    @abc.abstractmethod
     def net(self):
         """The Flax module that `init` makes variables for."""
-        raise NotImplementedError
 
     @property
     def dtype(self):
@@ -52,9 +53,9 @@ class Task:
         """Updates of the parameters from their gradients."""
         return make_optimizer(self.run.optim, self.run.steps)
 
+    @abc.abstractmethod
     def init(self, key: Array) -> dict[str, Any]:
         """{"params", "stats"} of a new model."""
-        raise NotImplementedError
 
     def abstract(self) -> dict[str, Any]:
         """{"params", "stats"} as far as inference needs them, as ShapeDtypeStructs."""
@@ -64,17 +65,17 @@ class Task:
         """Recurrent state between updates, batch on axis 1 of every leaf; {} if there is none."""
         return {}
 
+    @abc.abstractmethod
     def abstract_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Shapes of a training batch, without its "step"."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def loss(self, params, stats, carry, batch, key) -> tuple[Array, Array, Any, Any, dict]:
         """loss_sum, weight, stats_delta, carry, metrics of some rows of the batch.
 
         Sums, not means, so that micro-batches and devices add up exactly. `metrics` is
         {"sum": {...}, "mean": {...}}: sums add over micro-batches, means are averaged.
         """
-        raise NotImplementedError
 
     def absorb(self, stats, delta) -> Any:
         """New `stats` after an update; `delta` is the sum over the whole update."""
@@ -84,14 +85,15 @@ class Task:
         """Metrics per token, image, .. from the summed ones."""
         return {}
 
+    @abc.abstractmethod
     def evaluate(self, params, stats, batch) -> dict[str, Array]:
         """Sums over one validation batch, rows that are not valid left out; no dropout."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def validation(self, sums: dict[str, Array]) -> dict[str, Array]:
         """{"loss", ...} from the sums of `evaluate` over all batches."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def check_data(self, data) -> None:
         """Whether the net fits the data that was opened.
 
