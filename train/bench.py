@@ -13,6 +13,7 @@ import argparse
 import dataclasses
 import datetime
 import json
+import os
 import platform
 import shlex
 import subprocess
@@ -278,6 +279,8 @@ def _work(job: dict[str, Any], isolate: bool) -> dict[str, Any]:
     child = subprocess.run(
         [sys.executable, "-m", f"{__package__}.bench", "--child"],
         input=json.dumps(job), capture_output=True, text=True,
+        # alone on the device; of a pool of 75% the half may be missing in one piece
+        env={"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.9"} | os.environ,
     )  # fmt: skip
     lines = child.stdout.splitlines()
     if child.returncode == 0 and lines:

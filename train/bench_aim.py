@@ -222,7 +222,7 @@ def train(run: Run, steps: int, warmup: int = 3) -> dict[str, Any]:
     from . import flops
     from .mesh import make_mesh, put_batch, state_shardings
     from .metrics import forward_flops
-    from .step import init_state, make_train_step
+    from .step import init_state, jit_step, make_train_step
     from .tasks import make_task
 
     mesh, task, seconds = make_mesh(run.mesh, jax.devices()[:1]), make_task(run), []
@@ -241,19 +241,18 @@ def train(run: Run, steps: int, warmup: int = 3) -> dict[str, Any]:
         make = lambda key: init_state(task, run, key)
         shardings = state_shardings(jax.eval_shape(make, jax.random.key(0)), mesh)
         state = jax.jit(make, out_shardings=shardings)(jax.random.key(0))
-        update = jax.jit(
-            make_train_step(task, run), donate_argnums=0, out_shardings=(shardings, None)
-        )
+        update = jit_step(make_train_step(task, run), shardings)
         began = time.perf_counter()
         update = update.lower(state, batch(0)).compile()
         compile_s = time.perf_counter() - began
-        for number in range(warmup + steps):
-            inputs = jax.block_until_ready(batch(number))
-            began = time.perf_counter()
-            state, metrics = jax.block_until_ready(update(state, inputs))
-            seconds.append(time.perf_counter() - began)
-            if not bool(metrics["ok"]):
-                raise ValueError(f"the loss or a gradient of update {number} is not finite")
+        last = None
+        for number in range(warmup + steps + 1):
+            state, metrics = update(state, jax.block_until_ready(batch(number)))
+            if last is not None:  # as the loop of `train`: an update is read when the next is queued
+                if not bool(last["ok"]):
+                    raise ValueError(f"the loss or a gradient of update {number} is not finite")
+                seconds.append(time.perf_counter() - began)
+            began, last = time.perf_counter(), metrics
         model_flops = 3 * forward_flops(task, run)
     used = flops.mfu(model_flops, statistics.median(seconds[warmup:]), jax.devices()[:1])
     return {

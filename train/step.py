@@ -83,6 +83,19 @@ def make_train_step(task: Task, run: Run) -> Callable:
     return step
 
 
+def jit_step(step: Callable, shardings) -> Callable:
+    """`step` jitted with its state donated and given `shardings`.
+
+    On a GPU without CUDA graphs: a step of thousands of kernels keeps the device busy anyway, and
+    graphs of it ran 9% slower (AiM of 8 layers on an H200, jax 0.11.2: 42.3 against 38.4 ms).
+    """
+    options = {"xla_gpu_graph_min_graph_size": 1_000_000}
+    return jax.jit(
+        step, donate_argnums=0, out_shardings=(shardings, None),
+        compiler_options=options if jax.default_backend() == "gpu" else None,
+    )  # fmt: skip
+
+
 def _accumulate(micro, arrays, carry, parts):
     """Sum `micro` over `parts` micro-batches; rows are dealt out so that each stays on its
     device.
