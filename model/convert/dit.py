@@ -128,8 +128,8 @@ def _check_positions(given: Any, config: DiTConfig) -> None:
     if tuple(given.shape) != (1, tokens, width):
         side = math.isqrt(given.shape[1]) if given.ndim == 3 else 0
         raise ValueError(
-            f"{POSITIONS} has shape {tuple(given.shape)}, expected (1, {tokens}, {width}): the file "
-            f"is of another resolution; set net.input_size={side * config.patch_size} (now "
+            f"{POSITIONS} has shape {tuple(given.shape)}, expected (1, {tokens}, {width}): the "
+            f"file is of another resolution; set net.input_size={side * config.patch_size} (now "
             f"{config.input_size}, patches of {config.patch_size})"
         )
     if not isinstance(given, np.ndarray):
