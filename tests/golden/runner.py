@@ -20,6 +20,7 @@ SYSTEMS = {
     "transformer_vq": "tests.golden.transformer_vq",
     "ssm": "tests.golden.ssm",
     "aim": "tests.golden.aim",
+    "dit": "tests.golden.dit",
 }
 
 Adapter = Callable[[Report], None]
