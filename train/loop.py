@@ -105,7 +105,12 @@ def train(
         abstract = jax.tree.map(
             lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, shardings
         )
-        update = jit_step(make_train_step(task, run), shardings, run.precision.unroll)
+        updates = {
+            mode: jit_step(
+                make_train_step(task.in_mode(mode), run), shardings, run.precision.unroll
+            )
+            for mode in task.modes
+        }
 
     # ---- resume, or start ---------------------------------------------------------------------
     checkpoints = Checkpoints(run_dir, run.checkpoint)
@@ -180,6 +185,7 @@ def train(
                 if profile and step == profile[0]:
                     jax.profiler.start_trace(str(run_dir / "profile"))
                 with jax.set_mesh(mesh):
+                    update = updates[task.mode_at(step)]
                     state, metrics = update(state, put_batch(batch, step, mesh, run.batch_size))
                 step += 1
                 if profile and step == profile[1]:
