@@ -21,7 +21,7 @@ from .checkpoint import FOLDER, Checkpoints, restore_inference
 from .config_files import read_config
 from .errors import UserError
 from .loaded import LoadedRun
-from .loaded_images import LoadedImages
+from .loaded_codes import LoadedCodes
 from .loaded_text import LoadedText
 from .published import HUB_NAME, fetch, load_published
 from .schema import Precision, Run
@@ -32,7 +32,7 @@ from .tokenizer import LoadedTokenizer
 LOADED = {
     TransformerVQConfig: LoadedText,
     MambaConfig: LoadedText,
-    AiMConfig: LoadedImages,
+    AiMConfig: LoadedCodes,
     VQTokenizerConfig: LoadedTokenizer,
 }
 
