@@ -227,9 +227,7 @@ def trajectory_flops(
     return math.fsum(segment_flops(segment, costs, powerful) for segment in segments)
 
 
-def relative_flops(
-    segments: Sequence[Segment], costs: Mapping[int, float], powerful: int
-) -> float:
+def relative_flops(segments: Sequence[Segment], costs: Mapping[int, float], powerful: int) -> float:
     """Cost of a trajectory, that of the powerful mode in all its predictions being 1."""
     predictions = sum(s.steps * (1 if s.guide == "none" else 2) for s in segments)
     return trajectory_flops(segments, costs, powerful) / (predictions * costs[powerful])

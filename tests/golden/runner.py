@@ -21,6 +21,7 @@ SYSTEMS = {
     "ssm": "tests.golden.ssm",
     "aim": "tests.golden.aim",
     "flexidit": "tests.golden.flexidit",
+    "dit": "tests.golden.dit",
 }
 
 Adapter = Callable[[Report], None]

@@ -49,11 +49,11 @@ def matrices(report: Report) -> None:
         deembed = deembedding_projection(old, new, method)
         channels = np.eye(len(embed))
         got = {
-            "B": lambda: deembed,
-            "E": lambda: embed,
-            "Einv": lambda: lift_embedding(channels, old, new, method),
-            "Dinv": lambda: lift_deembedding(channels, old, new, method).T,
-        }[kind]()
+            "B": deembed,
+            "E": embed,
+            "Einv": lift_embedding(channels, old, new, method),
+            "Dinv": lift_deembedding(channels, old, new, method).T,
+        }[kind]
         report.check(name, got)
 
 
@@ -70,7 +70,7 @@ def pos_embed(report: Report) -> None:
 
 
 def video_embed(report: Report) -> None:
-    """Patches with a time axis: embedding and de-embedding of every mode from one set of weights."""
+    """Patches with a time axis: both ends of every mode from one set of weights."""
     config = report.case.config
     star, base, method = tuple(config["p_star"]), tuple(config["p0"]), config["resize"]
     rows = lambda w: np.moveaxis(w, (0, 1), (-1, -2)).reshape(-1, len(w))  # (D, C, ..) -> [P C, D]
