@@ -3,7 +3,9 @@
     costs = mode_flops(config)                           # {2: 118.6e9, 4: 29.0e9}
     levels = by_budget(250, 0.6, costs, weak=4, powerful=2)
     segments = with_guidance(levels, "cfg", powerful=2, weak=4)
-    trajectory_flops(segments, costs)
+    trajectory_flops(segments, costs, powerful=2)
+
+`plan` does both for whichever way a schedule is given.
 
 A level is (patch size, steps); levels are in the order of the steps, the noisiest first, where the
 predictions of weak (large patch, cheap) and powerful modes differ least.
@@ -206,6 +208,57 @@ def with_guidance(
             Segment(steps=steps, mode=patch, guide=guide, guide_mode=guide_mode, scale=scale)
         )
     return tuple(segments)
+
+
+def plan(
+    steps: int,
+    costs: Mapping[int, float],
+    *,
+    powerful: int,
+    weak: int,
+    budget: float | None = None,
+    weak_steps: int | None = None,
+    levels: Sequence[tuple[int, int]] = (),
+    modes: Sequence[int] = (),
+    switch: float | None = None,
+    times: Sequence[float] = (),
+    guidance: str = "cfg",
+    scales: Sequence[float | None] = (),
+) -> tuple[Segment, ...]:
+    """Segments of a sampler from whichever one of the ways to say them is given; with none, all
+    steps are powerful.
+
+    Args:
+        steps: of the sampler. costs: of a prediction by patch size; its keys are all modes.
+        powerful, weak: patch sizes of both ends.
+        budget: see `by_budget`. weak_steps: see `by_weak_steps`. levels: see `by_levels`.
+        modes: see `by_list`, one per step. switch: see `by_time`, with the `times` of all steps.
+        guidance, scales: see `with_guidance`.
+
+    Raises:
+        ValueError: two ways at once, a mode that is none of the net's, or as those functions.
+    """
+    given = {
+        "budget": budget is not None, "weak_steps": weak_steps is not None,
+        "levels": bool(levels), "modes": bool(modes), "switch": switch is not None,
+    }  # fmt: skip
+    named = [name for name, there in given.items() if there]
+    if len(named) > 1:
+        raise ValueError(f"{' and '.join(named)} both say which mode acts when; give one of them")
+    way = named[0] if named else ""
+    ends = {"weak": weak, "powerful": powerful}
+    if way == "budget":
+        chosen = by_budget(steps, budget, costs, guidance=guidance, **ends)
+    elif way == "levels":
+        chosen = by_levels(steps, levels, powerful=powerful)
+    elif way in ("modes", "switch"):
+        chosen = by_list(modes) if way == "modes" else by_time(times, switch, **ends)
+        if sum(count for _, count in chosen) != steps:
+            raise ValueError(f"{sum(count for _, count in chosen)} modes for {steps} steps")
+    else:
+        chosen = by_weak_steps(steps, weak_steps or 0, **ends)
+    check_modes(chosen, tuple(costs))
+    return with_guidance(chosen, guidance, powerful=powerful, weak=weak, scales=scales)
 
 
 def segment_flops(segment: Segment, costs: Mapping[int, float], powerful: int) -> float:
