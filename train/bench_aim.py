@@ -248,7 +248,9 @@ def train(run: Run, steps: int, warmup: int = 3) -> dict[str, Any]:
         last = None
         for number in range(warmup + steps + 1):
             state, metrics = update(state, jax.block_until_ready(batch(number)))
-            if last is not None:  # as the loop of `train`: an update is read when the next is queued
+            if (
+                last is not None
+            ):  # as the loop of `train`: an update is read when the next is queued
                 if not bool(last["ok"]):
                     raise ValueError(f"the loss or a gradient of update {number} is not finite")
                 seconds.append(time.perf_counter() - began)
