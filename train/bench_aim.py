@@ -241,7 +241,7 @@ def train(run: Run, steps: int, warmup: int = 3) -> dict[str, Any]:
         make = lambda key: init_state(task, run, key)
         shardings = state_shardings(jax.eval_shape(make, jax.random.key(0)), mesh)
         state = jax.jit(make, out_shardings=shardings)(jax.random.key(0))
-        update = jit_step(make_train_step(task, run), shardings)
+        update = jit_step(make_train_step(task, run), shardings, run.precision.unroll)
         began = time.perf_counter()
         update = update.lower(state, batch(0)).compile()
         compile_s = time.perf_counter() - began

@@ -27,7 +27,7 @@ from .metrics import Clock
 from .schema import Checkpoint, CodeData, Run
 from .stages import check_stages, codes_dir, is_finished, resolve, stage_dir, stages_of
 from .state import TrainState
-from .step import init_state, make_train_step
+from .step import init_state, jit_step, make_train_step
 from .tasks import make_task
 from .track import Tracker, plot_curves, truncate_metrics
 
@@ -105,9 +105,7 @@ def train(
         abstract = jax.tree.map(
             lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, shardings
         )
-        update = jax.jit(
-            make_train_step(task, run), donate_argnums=0, out_shardings=(shardings, None)
-        )
+        update = jit_step(make_train_step(task, run), shardings, run.precision.unroll)
 
     # ---- resume, or start ---------------------------------------------------------------------
     checkpoints = Checkpoints(run_dir, run.checkpoint)

@@ -367,6 +367,12 @@ def draw_times(process: GaussianDiffusion, key: Array, rows: int) -> Array:
     return jax.random.randint(key, (rows,), 0, process.timesteps, jnp.int32)
 
 
+def spread_times(process: GaussianDiffusion, key: Array, rows: int) -> Array:
+    """[rows] int32, one in each of `rows` equal shares of 0..S-1: for losses that vary less."""
+    place = (jnp.arange(rows) + jax.random.uniform(key, (rows,))) / rows
+    return jnp.minimum((place * process.timesteps).astype(jnp.int32), process.timesteps - 1)
+
+
 def training_loss(
     process: GaussianDiffusion,
     denoise: Callable[[Array, Array], Array],
