@@ -17,7 +17,7 @@ import numpy as np
 from ..model.partition import unsharded
 from .checkpoint import Checkpoints, restore_inference
 from .config_files import check_continuation, read_config, save_config
-from .data.codes import finished_codes
+from .data.codes import CodesInfo
 from .data.open import open_split
 from .errors import UserError
 from .evaluate import make_evaluator
@@ -233,7 +233,7 @@ def _codes(run: Run, run_dir: Path) -> Path | None:
         return folder  # nothing to check; the run cannot draw
     tokenizer = load_tokenizer(resolve(run.data.tokenizer, run_dir))
     if run.data.path:
-        check_fingerprint(finished_codes(folder).tokenizer, tokenizer, f"{folder} holds")
+        check_fingerprint(CodesInfo.finished(folder).tokenizer, tokenizer, f"{folder} holds")
     else:
         prepare_codes(
             run.data.images, tokenizer, folder, views=run.data.views, resizes=run.data.resizes
