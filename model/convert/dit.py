@@ -80,7 +80,7 @@ def dit_from_reference(flat: Mapping[str, Any], config: DiTConfig) -> dict[str, 
     _check_mixer(config)
     flat = dict(flat)
     if POSITIONS in flat:
-        _check_positions(flat.pop(POSITIONS), config)
+        check_positions(flat.pop(POSITIONS), config)
     top, block = _names(TOP), _names(BLOCK)
     theirs = {*top.values(), PATCH, "x_embedder.proj.bias", TABLE}
     theirs |= {f"blocks.{i}.{name}" for i in range(config.n_layer) for name in block.values()}
@@ -130,8 +130,12 @@ def _check_mixer(config: DiTConfig) -> None:
         raise ValueError(f"net.mixer={config.mixer}, but the DiT layout knows attention only")
 
 
-def _check_positions(given: Any, config: DiTConfig) -> None:
-    """The file's table must be the computed one."""
+def check_positions(given: Any, config: DiTConfig) -> None:
+    """The table `pos_embed` of a file must be the computed one.
+
+    Raises:
+        ValueError: another resolution, or other positions.
+    """
     tokens, width = config.tokens, config.d_model
     if tuple(given.shape) != (1, tokens, width):
         side = math.isqrt(given.shape[1]) if given.ndim == 3 else 0
