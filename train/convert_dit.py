@@ -12,11 +12,10 @@ from ..model.convert import dit as layout_of
 from ..model.nets.dit import DiTConfig
 from ..model.processes.flow import FlowMatching
 from ..model.processes.gaussian import GaussianDiffusion
-from . import schema
 from .arrays import load_weights
 from .errors import UserError
 from .override import apply_overrides
-from .schema import DiffusionSample, Run
+from .schema import DiffusionSample, LatentData, Run
 
 LAYOUTS = ("dit", "sit")
 # As the published demos draw; the FID protocols have guidance 1.5.
@@ -57,7 +56,7 @@ def to_run(
             variance = "learned_range" if net.learn_sigma else "fixed_large"
             process = FlowMatching() if flow else GaussianDiffusion(variance=variance)
             sample = DEMO["sit" if flow else "dit"]
-            config = Run(net=net, process=process, data=schema.LatentData(), sample=sample)
+            config = Run(net=net, process=process, data=LatentData(), sample=sample)
         run = apply_overrides(config, overrides)
         if not isinstance(run.net, DiTConfig):
             raise UserError(f"{source} is a DiT checkpoint, the config is of another net")
