@@ -13,6 +13,7 @@ from typing import Any
 
 from ..model.nets.aim import AiMConfig
 from ..model.nets.dit import DiTConfig
+from ..model.nets.flexidit import FlexiDiTConfig
 from ..model.nets.mamba_lm import MambaConfig
 from ..model.nets.transformer_vq import TransformerVQConfig
 from ..model.nets.vq_tokenizer import VQTokenizerConfig
@@ -340,6 +341,7 @@ NETS = {
     "mamba": MambaConfig,
     "aim": AiMConfig,
     "dit": DiTConfig,
+    "flexidit": FlexiDiTConfig,
     "vq_tokenizer": VQTokenizerConfig,
 }
 PROCESSES = {

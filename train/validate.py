@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 from ..model.nets import aim, dit, mamba_lm
 from ..model.nets.aim import AiMConfig
 from ..model.nets.dit import DiTConfig
+from ..model.nets.flexidit import FlexiDiTConfig, check_config
 from ..model.nets.mamba_lm import MambaConfig
 from ..model.nets.transformer_vq import TransformerVQConfig
 from ..model.nets.vq_tokenizer import VQTokenizerConfig, check_channels
@@ -30,6 +32,7 @@ _DIFFUSION = {
 }
 GOES_WITH = {
     DiTConfig: _DIFFUSION,
+    FlexiDiTConfig: _DIFFUSION,
     TransformerVQConfig: _TEXT,
     MambaConfig: _TEXT,
     AiMConfig: _IMAGES | {"data": CodeData, "process": Autoregressive},
@@ -167,6 +170,12 @@ def _check_relations(run: Run) -> None:
             raise UserError(f"net: {error}") from error
     if isinstance(net, DiTConfig):
         _check_diffusion(run)
+    if isinstance(net, FlexiDiTConfig):
+        _check_diffusion(dataclasses.replace(run, net=net.base))
+        try:
+            check_config(net)
+        except ValueError as error:
+            raise UserError(f"net: {error}") from error
     if isinstance(net, VQTokenizerConfig):
         try:
             check_channels(net)
