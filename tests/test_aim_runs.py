@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 import lintime
-from lintime.train import loop, prepare
+from lintime.train import encode, loop
 from lintime.train.cli import main
 from lintime.train.config_files import from_json, to_json
 from lintime.train.convert import convert, export
@@ -88,7 +88,7 @@ def test_the_whole_pipeline_leaves_both_stages(whole):
 
 def test_the_same_pipeline_again_trains_nothing(whole, copy, monkeypatch):
     run, folder = whole
-    monkeypatch.setattr(prepare, "_encode_shard", None)
+    monkeypatch.setattr(encode, "_encode_shard", None)
     assert loop.train(run, copy, **ONE).step == 4
     same_run(copy, folder, run)
 
@@ -115,7 +115,7 @@ def test_a_pipeline_stopped_everywhere_continues_bit_for_bit(whole, tmp_path, mo
     assert (result.stopped, result.step, result.where) == ("SIGTERM", 2, "stage 0")
     assert not (out / "codes").exists() and not (out / "config.json").exists()
 
-    original = prepare.write_shard
+    original = encode.write_shard
 
     def fail(folder, info, split, shard, *rest):
         if split == "validation":
@@ -123,7 +123,7 @@ def test_a_pipeline_stopped_everywhere_continues_bit_for_bit(whole, tmp_path, mo
         original(folder, info, split, shard, *rest)
 
     with monkeypatch.context() as patch:
-        patch.setattr(prepare, "write_shard", fail)
+        patch.setattr(encode, "write_shard", fail)
         with pytest.raises(KeyboardInterrupt):
             loop.train(run, out, **ONE)
     assert not (out / "codes/codes.json").exists() and not (out / "config.json").exists()

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from lintime.train.data import open_code_data
-from lintime.train.data.codes import CodesInfo, has_shard, read_info, shard_files, write_shard
+from lintime.train.data.codes import CodesInfo
+from lintime.train.data.encoded import has_shard, write_shard
 from lintime.train.errors import UserError
 from lintime.train.schema import CodeData
 
@@ -67,7 +68,7 @@ def test_what_a_folder_says(folder):
     assert (data.num_images, data.num_classes, data.class_names) == (10, 3, ("x", "y", "z"))
     assert data.description == "10 images of 3 classes, 4 views of 2x3 codes"
     assert opened(folder, "validation").description.endswith("one view of 2x3 codes")
-    assert read_info(folder / "codes.json") == INFO
+    assert CodesInfo.read(folder / "codes.json") == INFO
     names = sorted(p.name for p in folder.iterdir())
     assert names == sorted(
         ["codes.json"]
@@ -81,7 +82,7 @@ def test_what_a_folder_says(folder):
 def test_stored_type_holds_every_code(tmp_path, size, dtype):
     info = dataclasses.replace(INFO, codebook_size=size, splits={"train": 1})
     write_shard(tmp_path, info, "train", 0, np.full((1, 4, 6), size - 1), [2])
-    stored = np.load(shard_files(tmp_path, "train", 0)[0])
+    stored = np.load(info.shard_files(tmp_path, "train", 0)[0])
     assert stored.dtype == dtype and (stored == size - 1).all()
 
 

@@ -12,9 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lintime.train import prepare
+from lintime.train import encode, prepare
 from lintime.train.data import open_code_data
-from lintime.train.data.codes import shard_files
 from lintime.train.data.crops import to_unit, views_of
 from lintime.train.data.image_sources import find_image_splits
 from lintime.train.errors import UserError
@@ -91,7 +90,7 @@ def test_codes_are_those_of_the_crops(images, tmp_path, views):
     for split, found in find_image_splits(images).items():
         resizes, kind = ((1.5, 1.25), views) if split == "train" else ((1.5,), "center")
         stored = [
-            [np.load(path) for path in shard_files(tmp_path / "out", split, shard)]
+            [np.load(path) for path in info.shard_files(tmp_path / "out", split, shard)]
             for shard in info.shards(split)
         ]
         codes = np.concatenate([codes for codes, _ in stored])
@@ -155,7 +154,7 @@ def test_processes_share_the_shards(images, tmp_path, monkeypatch):
         if failure:
             raise failure
 
-    monkeypatch.setattr(prepare, "_barrier", meet)
+    monkeypatch.setattr(encode, "_barrier", meet)
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     monkeypatch.setattr(jax, "process_index", lambda: 1)
     _, lines = run(images, out)

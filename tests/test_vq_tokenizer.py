@@ -11,8 +11,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from lintime.kernels_pallas.compat import set_mesh
 from lintime.model.convert import vq_tokenizer as layout
+from lintime.model.layers.image_coder import Downsample
 from lintime.model.nets.vq_tokenizer import (
-    Downsample,
     VQTokenizer,
     VQTokenizerConfig,
     init_codebook,

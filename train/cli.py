@@ -23,6 +23,7 @@ examples:
   lintime sample --run runs/aim-quickstart sample.classes=3,8 sample.files=true
   lintime eval --run runs/mine --split test
   lintime prepare codes IMAGES --tokenizer RUN --out codes
+  lintime prepare latents IMAGES --autoencoder DIR --out latents
   lintime bench
 """
 
@@ -164,7 +165,7 @@ def _parser() -> _Parser:
 
     bench_arguments(sub)
 
-    sub = add("prepare", _prepare, "Encode images once into token codes, to train on.")
+    sub = add("prepare", _prepare, "Encode images once, into token codes or latents, to train on.")
     from .prepare import add_arguments as prepare_arguments
 
     prepare_arguments(sub)

@@ -17,7 +17,7 @@ import numpy as np
 from ..model.partition import unsharded
 from .checkpoint import Checkpoints, restore_inference
 from .config_files import check_continuation, read_config, save_config
-from .data.codes import finished_codes
+from .data.codes import CodesInfo
 from .data.open import open_split
 from .errors import UserError
 from .evaluate import make_evaluator
@@ -105,7 +105,12 @@ def train(
         abstract = jax.tree.map(
             lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, shardings
         )
-        update = jit_step(make_train_step(task, run), shardings, run.precision.unroll)
+        updates = {
+            mode: jit_step(
+                make_train_step(task.in_mode(mode), run), shardings, run.precision.unroll
+            )
+            for mode in task.modes
+        }
 
     # ---- resume, or start ---------------------------------------------------------------------
     checkpoints = Checkpoints(run_dir, run.checkpoint)
@@ -180,6 +185,7 @@ def train(
                 if profile and step == profile[0]:
                     jax.profiler.start_trace(str(run_dir / "profile"))
                 with jax.set_mesh(mesh):
+                    update = updates[task.mode_at(step)]
                     state, metrics = update(state, put_batch(batch, step, mesh, run.batch_size))
                 step += 1
                 if profile and step == profile[1]:
@@ -227,7 +233,7 @@ def _codes(run: Run, run_dir: Path) -> Path | None:
         return folder  # nothing to check; the run cannot draw
     tokenizer = load_tokenizer(resolve(run.data.tokenizer, run_dir))
     if run.data.path:
-        check_fingerprint(finished_codes(folder).tokenizer, tokenizer, f"{folder} holds")
+        check_fingerprint(CodesInfo.finished(folder).tokenizer, tokenizer, f"{folder} holds")
     else:
         prepare_codes(
             run.data.images, tokenizer, folder, views=run.data.views, resizes=run.data.resizes

@@ -91,3 +91,22 @@ def put_batch(batch: dict, step: int, mesh: jax.sharding.Mesh, batch_size: int) 
     everywhere = NamedSharding(mesh, PartitionSpec())
     number = np.asarray(step, np.int32)
     return out | {"step": jax.make_array_from_callback((), everywhere, lambda _: number)}
+
+
+class OnDevicesOf:
+    """Weights, whole on every device that holds a part of given arrays.
+
+    A call takes an array and returns the weights for computing on it, placed once per mesh.
+    """
+
+    def __init__(self, params):
+        self.params, self._placed = params, {}
+
+    def __call__(self, array):
+        sharding = getattr(array, "sharding", None)
+        if not isinstance(sharding, NamedSharding) or sharding.mesh.size == 1:
+            return self.params
+        if sharding.mesh not in self._placed:
+            whole = NamedSharding(sharding.mesh, PartitionSpec())
+            self._placed[sharding.mesh] = jax.device_put(self.params, whole)
+        return self._placed[sharding.mesh]

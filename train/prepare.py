@@ -1,48 +1,30 @@
-"""`lintime prepare`: what is computed once, ahead of training. Now: token codes of images."""
+"""`lintime prepare`: what is computed once, ahead of training: token codes of images, or the
+moments of their latents.
+"""
 
 from __future__ import annotations
 
 import argparse
-import collections
 import dataclasses
-import itertools
-import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import jax
-import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
+import jax.numpy as jnp
 
-from ..kernels_pallas.compat import auto_mesh
-from .data.batches import cpu_count
-from .data.codes import (
-    INFO_FILE,
-    PLAN_FILE,
-    CodesInfo,
-    has_shard,
-    read_info,
-    shard_files,
-    write_shard,
-)
-from .data.crops import FILTERS, VIEWS, check_size, to_unit, views_of
-from .data.image_dataset import check_config, decoding_threads, describe
+from .data.codes import CodesInfo
+from .data.crops import FILTERS, VIEWS
+from .data.image_dataset import check_config
 from .data.image_sources import find_image_splits
-from .data.tokens import progress
+from .data.latents import LatentsInfo
+from .encode import encode_images
 from .errors import UserError
-from .files import write_atomic
-from .launch import agree
 from .schema import CodeData, ImageData
 
 SHARD_SIZE = 4096  # images; at 20 views of 256 codes a shard has 42 MB
-EXAMPLES = """\
-examples:
-  lintime prepare codes imagenet/ --tokenizer vq_ds16_c2i.pt --out codes/
-  lintime prepare codes images/ --tokenizer runs/tokenizer --out codes/ --size 64 --views flip
-The same command continues what was interrupted. On several hosts: --distributed, one file system.
-"""
+LATENTS_SHARD_SIZE = 1024  # images; at 2 views of 64x64 latents of 4 channels a shard has 134 MB
 
 
 class Tokenizer(Protocol):
@@ -63,6 +45,27 @@ class Tokenizer(Protocol):
         [B, S/downsample, S/downsample] int32; compiled by the tokenizer."""
 
 
+class Autoencoder(Protocol):
+    """What `prepare_latents` needs of an autoencoder.
+
+    Attributes:
+        fingerprint: changes with its weights; kept with the latents, and checked where they are
+            used.
+        latent_channels, scaling_factor: see AutoencoderKLConfig.
+        downsample: pixels of a side per position of a latent.
+    """
+
+    fingerprint: str
+    latent_channels: int
+    scaling_factor: float
+    downsample: int
+
+    def encode(self, images: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """images [B, S, S, 3] float32 in [-1, 1], rows shared out over the local devices -> mean
+        and log variance [B, S/downsample, S/downsample, latent_channels] float32; compiled by the
+        autoencoder."""
+
+
 def prepare_codes(
     images: ImageData,
     tokenizer: Tokenizer,
@@ -74,13 +77,8 @@ def prepare_codes(
     shard_size: int = SHARD_SIZE,
     say: Callable[[str], None] = print,
 ) -> CodesInfo:
-    """Encodes images once into a folder of token codes (see `data.codes`).
-
-    Every split of the source is encoded: training images in all views at all resizes, the others in
-    the centre crop at the first resize. Shard i of all is made by process i % (number of
-    processes), each of its batches by all devices of the process. Shards are written whole, so that
-    an interrupted run continues with the missing ones; where images were replaced or removed since
-    then, those shards are kept whose images are the same. A finished folder is left as it is.
+    """Encodes images once into a folder of token codes, or continues where that was interrupted
+    (see `encode_images`).
 
     Args:
         images: the source; its `path`, `size`, `filter` and `validation_fraction` are used.
@@ -99,82 +97,78 @@ def prepare_codes(
         UserError: settings out of range; a bad image; `out` holds codes of another tokenizer, other
             images or settings, or files that are not codes.
     """
-    out, primary = Path(os.path.expanduser(out)), jax.process_index() == 0
     resizes = tuple(float(r) for r in resizes)
-    _check(images, tokenizer, views, resizes, batch_size, shard_size)
+    _check(images, tokenizer.downsample, "tokenizer", views, resizes, batch_size, shard_size)
     splits = find_image_splits(images)
-    side = images.size // tokenizer.downsample
     info = CodesInfo(
         tokenizer=tokenizer.fingerprint,
         codebook_size=tokenizer.codebook_size,
+        **_source(images, splits, tokenizer.downsample),
+        views=views,
+        resizes=resizes,
+        shard_size=shard_size,
+    )
+    return encode_images(
+        splits, info, tokenizer.encode, _folder(out), batch_size=batch_size, say=say
+    )
+
+
+def prepare_latents(
+    images: ImageData,
+    autoencoder: Autoencoder,
+    out: str | Path,
+    *,
+    batch_size: int = 64,
+    shard_size: int = LATENTS_SHARD_SIZE,
+    say: Callable[[str], None] = print,
+) -> LatentsInfo:
+    """Encodes the centre crops of images once into a folder of posterior moments, or continues
+    where that was interrupted (see `encode_images`).
+
+    Args:
+        images: the source; its `path`, `size`, `filter`, `validation_fraction` and `flip` (whether
+            the mirror images of training images are kept too) are used.
+        autoencoder: see Autoencoder.
+        out, batch_size, shard_size, say: as of `prepare_codes`.
+
+    Returns, raises: as `prepare_codes`.
+    """
+    views, resizes = "flip" if images.flip else "center", (1.0,)
+    downsample = autoencoder.downsample
+    _check(images, downsample, "autoencoder", views, resizes, batch_size, shard_size)
+    splits = find_image_splits(images)
+    info = LatentsInfo(
+        autoencoder=autoencoder.fingerprint,
+        latent_channels=autoencoder.latent_channels,
+        scaling_factor=autoencoder.scaling_factor,
+        **_source(images, splits, downsample),
+        views=views,
+        resizes=resizes,
+        shard_size=shard_size,
+    )
+    together = jax.jit(lambda moments: jnp.concatenate(moments, -1).astype(jnp.float16))
+    encode = lambda crops: together(tuple(autoencoder.encode(crops)))
+    return encode_images(splits, info, encode, _folder(out), batch_size=batch_size, say=say)
+
+
+def _folder(out: str | Path) -> Path:
+    return Path(os.path.expanduser(out))
+
+
+def _source(images: ImageData, splits: Mapping, downsample: int) -> dict[str, Any]:
+    """The fields of an EncodedInfo that images decide."""
+    side = images.size // downsample
+    return dict(
         grid=(side, side),
         size=images.size,
         filter=images.filter,
-        views=views,
-        resizes=resizes,
         class_names=tuple(splits["train"].class_names),
         source={split: found.fingerprint for split, found in splits.items()},
         splits={split: len(found) for split, found in splits.items()},
-        shard_size=shard_size,
     )
-    info, changed = _compare_with(out, info)
-    everything = [(split, shard) for split in info.splits for shard in info.shards(split)]
-    hashes = {
-        (split, shard): splits[split].hash_of(range(*info.shard_range(split, shard)))
-        for split, shard in (everything if changed else ())
-    }
-    missing = [i for i in everything if not has_shard(out, info, *i, source=hashes.get(i))]
-    stale = [path for i in missing for path in shard_files(out, *i) if path.exists()]
-    if changed and len(missing) == len(everything) and stale:
-        raise UserError(_refusal(out, "other images"))
-    what = _what(info)
-    if not missing and (out / INFO_FILE).exists():
-        if primary:
-            say(f"{out} already holds the codes of {what}")
-        return info
-    _barrier("looked")  # everybody has seen the folder as it was
-    if primary:
-        done = len(everything) - len(missing)
-        say(
-            f"encoding {what} to {out}"
-            + (f", continuing: {done} of {len(everything)} shards are there" if done else "")
-        )
-        for path in stale:
-            path.unlink(missing_ok=True)
-        if not (out / INFO_FILE).exists():
-            write_atomic(out / PLAN_FILE, info.to_json())
-    _barrier("plan")  # nobody writes before the folder says for what
-    lacking = set(missing)
-    mine = everything[jax.process_index() :: jax.process_count()]
-    mine = [item for item in mine if item in lacking]
-    crops = sum(info.shard_shape(*item)[0] * info.num_views(item[0]) for item in mine)
-    encode = _encoder(tokenizer, batch_size, (images.size, images.size, 3))
-    try:
-        with progress(crops, "encoding", unit=" crops", disable=not primary) as bar:
-            for split, shard in mine:
-                source = splits[split].hash_of(range(*info.shard_range(split, shard)))
-                codes, labels = _encode_shard(splits[split], info, split, shard, encode, bar.update)
-                write_shard(out, info, split, shard, codes, labels, source)
-    except UserError as error:
-        _barrier("shards", error)
-    _barrier("shards")
-    lost = [item for item in everything if not has_shard(out, info, *item)] if primary else []
-    if lost:
-        error = UserError(
-            f"{shard_files(out, *lost[0])[0]} is not there although every process is done; "
-            "give all of them one --out folder on a shared file system"
-        )
-        _barrier("complete", error)
-    _barrier("complete")
-    if primary:
-        write_atomic(out / INFO_FILE, info.to_json())
-        (out / PLAN_FILE).unlink(missing_ok=True)
-        say(f"{out} holds the codes of {what}")
-    _barrier("done")
-    return info
 
 
-def _check(images: ImageData, tokenizer, views, resizes, batch_size, shard_size) -> None:
+def _check(images: ImageData, downsample, maker, views, resizes, batch_size, shard_size) -> None:
     check_config(dataclasses.replace(images, resize=1.0, resize_max=0.0))
     if views not in VIEWS:
         raise UserError(f"views={views!r} is unknown; use one of {', '.join(VIEWS)}")
@@ -183,182 +177,72 @@ def _check(images: ImageData, tokenizer, views, resizes, batch_size, shard_size)
         raise UserError(
             f"resizes={listed}: give one or more different numbers of at least 1, e.g. 1.1"
         )
-    if images.size % tokenizer.downsample:
-        near = max(1, round(images.size / tokenizer.downsample)) * tokenizer.downsample
+    if images.size % downsample:
+        near = max(1, round(images.size / downsample)) * downsample
         raise UserError(
-            f"size={images.size} is not divisible by {tokenizer.downsample}, the pixels per code "
-            f"of the tokenizer; set size={near}"
+            f"size={images.size} is not divisible by {downsample}, the {maker}'s pixels per "
+            f"position; set size={near}"
         )
     if batch_size < 1 or shard_size < 1:
         raise UserError(f"batch={batch_size} and shard size {shard_size} must be at least 1")
 
 
-def _what(info: CodesInfo) -> str:
-    counts = " + ".join(f"{count:,} {split}" for split, count in info.splits.items())
-    images = describe(sum(info.splits.values()), len(info.class_names))
-    return f"{images} ({counts}), {info.num_views('train')} crops of a training image"
-
-
-def _compare_with(out: Path, info: CodesInfo) -> tuple[CodesInfo, bool]:
-    """What the folder asks for: (`info` with its shard size, whether its images have changed).
-
-    Images may have changed in a folder that is not finished: a bad one was replaced or removed.
-
-    Raises:
-        UserError: the folder holds something else.
-    """
-    for name in (INFO_FILE, PLAN_FILE):
-        try:
-            found = read_info(out / name)
-        except FileNotFoundError:
-            continue
-        if found.tokenizer != info.tokenizer:
-            raise UserError(
-                _refusal(
-                    out,
-                    f"another tokenizer (fingerprint {found.tokenizer[:12]}, this one has "
-                    f"{info.tokenizer[:12]})",
-                )
-            )
-        info = dataclasses.replace(info, shard_size=found.shard_size)
-        old, new = (json.loads(i.to_json()) for i in (found, info))
-        different = [key for key in old if old[key] != new[key]]
-        for key in different:
-            if key == "class_names":
-                raise UserError(_refusal(out, "other class names"))
-            if key not in ("source", "splits"):
-                raise UserError(_refusal(out, f"{key}={old[key]} (here {new[key]})"))
-        if different and name == INFO_FILE:
-            raise UserError(_refusal(out, "other images"))
-        return info, bool(different)
-    if out.exists() and not (out.is_dir() and all(p.name.startswith(".") for p in out.iterdir())):
-        raise UserError(
-            f"{out} exists and is not a folder of codes; give another --out, or empty it"
-        )
-    return info, False
-
-
-def _refusal(out: Path, what: str) -> str:
-    return f"{out} holds codes made with {what}; give another --out, or delete the folder"
-
-
-# ---------------------------------------------------------------- encoding
-
-
-def _encoder(tokenizer: Tokenizer, batch_size: int, shape: tuple[int, int, int]):
-    """crops [n <= B, S, S, 3] uint8 -> a call that waits for their codes [n, h, w].
-
-    Every batch has the same B, a multiple of the devices, so that one program is compiled.
-    """
-    devices = jax.local_devices()
-    rows = -(-batch_size // len(devices)) * len(devices)
-    sharding = NamedSharding(auto_mesh((len(devices),), ("rows",), devices), PartitionSpec("rows"))
-
-    def start(crops: Sequence[np.ndarray]) -> Callable[[], np.ndarray]:
-        batch = np.zeros((rows, *shape), np.float32)
-        batch[: len(crops)] = to_unit(np.stack(crops))
-        codes = tokenizer.encode(jax.device_put(batch, sharding))
-        return lambda: np.asarray(codes)[: len(crops)]
-
-    start.rows = rows
-    return start
-
-
-def _encode_shard(images, info: CodesInfo, split: str, shard: int, encode, advance):
-    """(codes [n, V, T], labels [n]) of a shard.
-
-    Threads read images ahead of the device, which works on one batch while the next is put
-    together.
-    """
-    resizes, views = (
-        (info.resizes, info.views) if split == "train" else (info.resizes[:1], "center")
-    )
-
-    def read(i: int) -> tuple[np.ndarray, int]:
-        image, label = images.read(i)
-        check_size(image, info.size, lambda: images.name(i))
-        common = dict(size=info.size, filter=info.filter, views=views)
-        return np.concatenate([views_of(image, resize=r, **common) for r in resizes]), label
-
-    labels, done, running = [], [], None
-    start, stop = info.shard_range(split, shard)
-    pieces = _ahead(read, range(start, stop))
-
-    def crops() -> Iterator[np.ndarray]:
-        for of_image, label in pieces:
-            labels.append(label)
-            yield from of_image
-
-    stream = crops()
-    while batch := list(itertools.islice(stream, encode.rows)):
-        following = encode(batch)
-        if running is not None:
-            done.append(running())
-            advance(len(done[-1]))
-        running = following
-    done.append(running())
-    advance(len(done[-1]))
-    codes = np.concatenate(done)
-    if codes.shape[1:] != info.grid or codes.min() < 0 or codes.max() >= info.codebook_size:
-        raise ValueError(
-            f"the tokenizer gave codes {codes.min()}..{codes.max()} of shape {codes.shape[1:]}, "
-            f"not 0..{info.codebook_size - 1} of {info.grid}"
-        )
-    return codes.reshape(info.shard_shape(split, shard)), np.array(labels, np.int32)
-
-
-def _ahead(function: Callable, items: Iterable) -> Iterator:
-    """function(item) in order, computed by threads a few items ahead."""
-    threads = max(1, min(32, cpu_count()))
-    waiting, pool = collections.deque(), decoding_threads(threads)
-    try:
-        for item in items:
-            waiting.append(pool.submit(function, item))
-            if len(waiting) > 2 * threads:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-    finally:
-        for future in waiting:
-            future.cancel()
-
-
-def _barrier(name: str, failure: UserError | None = None) -> None:
-    """All processes meet here; a failure of one ends all, each with a reason."""
-    failed = agree(failure is not None, any)
-    if failure is not None:
-        raise failure
-    if failed:
-        raise UserError(f"another process could not go on (prepare codes, {name}); see its message")
-
-
 # ---------------------------------------------------------------- command line
+
+EXAMPLES = """\
+examples:
+  lintime prepare codes imagenet/ --tokenizer vq_ds16_c2i.pt --out codes/
+  lintime prepare codes images/ --tokenizer runs/tokenizer --out codes/ --size 64 --views flip
+  lintime prepare latents imagenet/ --autoencoder sd-vae-ft-ema/ --out latents/
+The same command continues what was interrupted. On several hosts: --distributed, one file system.
+"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `lintime prepare`."""
     defaults = CodeData()
     parser.epilog = EXAMPLES
-    parser.add_argument("what", choices=["codes"], help="token codes of images, for training on")
-    parser.add_argument(
-        "images", metavar="IMAGES",
-        help="a folder of class folders, .npz or .npy arrays, ArrayRecord files, builtin:digits",
-    )  # fmt: skip
-    parser.add_argument(
+    kinds = parser.add_subparsers(metavar="what", dest="what", required=True)
+    kind = lambda name, text: kinds.add_parser(
+        name, help=text, description=text, epilog=EXAMPLES, formatter_class=parser.formatter_class
+    )
+
+    codes = kind("codes", "Token codes of images.")
+    codes.add_argument(
         "--tokenizer", metavar="RUN|FILE", required=True,
         help="run directory of a tokenizer, or a file of published weights",
     )  # fmt: skip
-    parser.add_argument("--out", metavar="DIR", required=True, help="folder to make or continue")
-    parser.add_argument("--size", type=int, default=256, metavar="PIXELS", help="default 256")
-    parser.add_argument(
+    _common(codes)
+    codes.add_argument(
         "--views", choices=list(VIEWS), default=defaults.views,
         help="crops kept of a training image at every resize (default %(default)s)",
     )  # fmt: skip
-    parser.add_argument(
+    codes.add_argument(
         "--resizes", type=float, nargs="+", default=list(defaults.resizes), metavar="R",
         help="cut crops from squares of R times the size (default "
         f"{' '.join(map(str, defaults.resizes))})",
     )  # fmt: skip
+
+    latents = kind("latents", "Means and log variances of the latents of images.")
+    latents.add_argument(
+        "--autoencoder", metavar="DIR|FILE", required=True,
+        help="folder or file of a published KL autoencoder, such as sd-vae-ft-ema",
+    )  # fmt: skip
+    _common(latents)
+    latents.add_argument(
+        "--no-flip", dest="flip", action="store_false",
+        help="do not keep the mirror images of training images too",
+    )  # fmt: skip
+
+
+def _common(parser: argparse.ArgumentParser) -> None:
+    """Arguments of every kind that is made of images."""
+    parser.add_argument(
+        "images", metavar="IMAGES",
+        help="a folder of class folders, .npz or .npy arrays, ArrayRecord files, builtin:digits",
+    )  # fmt: skip
+    parser.add_argument("--out", metavar="DIR", required=True, help="folder to make or continue")
+    parser.add_argument("--size", type=int, default=256, metavar="PIXELS", help="default 256")
     parser.add_argument(
         "--filter", choices=list(FILTERS), default="bicubic",
         help="of resizing (default %(default)s, as ADM's preprocessing)",
@@ -375,22 +259,37 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--coordinator", default="", metavar="HOST:PORT", help="process 0")
     parser.add_argument("--processes", type=int, default=0, metavar="N", help="with --coordinator")
     parser.add_argument("--process-index", type=int, default=-1, metavar="I", help="0 .. N-1")
+    parser.add_argument("--debug", action="store_true", default=argparse.SUPPRESS)
 
 
 def run_command(arguments: argparse.Namespace) -> None:
-    """`lintime prepare codes`: encodes the images and says what to do next."""
+    """`lintime prepare`: encodes the images and says what to do next."""
     from .launch import join
 
     join(arguments.coordinator, arguments.processes, arguments.process_index, arguments.distributed)
-    from .tokenizer import load_tokenizer
-
     images = ImageData(
         path=arguments.images, size=arguments.size, filter=arguments.filter,
         validation_fraction=arguments.validation_fraction,
+        flip=getattr(arguments, "flip", False),
     )  # fmt: skip
+    maker = _codes(arguments, images) if arguments.what == "codes" else _latents(arguments, images)
+    if jax.process_index() == 0:
+        print(f"train on them with data.path={arguments.out} {maker}")
+
+
+def _codes(arguments: argparse.Namespace, images: ImageData) -> str:
+    from .tokenizer import load_tokenizer
+
     prepare_codes(
         images, load_tokenizer(arguments.tokenizer), arguments.out, views=arguments.views,
         resizes=arguments.resizes, batch_size=arguments.batch,
     )  # fmt: skip
-    if jax.process_index() == 0:
-        print(f"train on them with data.path={arguments.out} data.tokenizer={arguments.tokenizer}")
+    return f"data.tokenizer={arguments.tokenizer}"
+
+
+def _latents(arguments: argparse.Namespace, images: ImageData) -> str:
+    from .autoencoder import load_autoencoder
+
+    autoencoder = load_autoencoder(arguments.autoencoder)
+    prepare_latents(images, autoencoder, arguments.out, batch_size=arguments.batch)
+    return f"data.autoencoder={arguments.autoencoder}"

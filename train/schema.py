@@ -128,6 +128,27 @@ class CodeData:
 
 
 @dataclass
+class LatentData:
+    """Posterior moments of labelled images, made once by a KL autoencoder.
+
+    Attributes:
+        path: a folder written by `lintime prepare latents`; "" encodes `images` with `autoencoder`
+            into the run's latents/ folder before training starts.
+        autoencoder: folder or file of a published autoencoder, or "" (latents only: nothing can be
+            drawn as pixels).
+        images: what to encode where `path` is "": the centre crop of every image, and of training
+            images also its mirror image if `flip` is set; `crop` and `resize` are not read.
+        shuffle, workers: as for images.
+    """
+
+    path: str = ""
+    autoencoder: str = ""
+    images: ImageData = ImageData(filter="bicubic", flip=True)
+    shuffle: bool = True
+    workers: int = 0
+
+
+@dataclass
 class Optim:
     """Optimiser and schedule.
 
@@ -350,5 +371,5 @@ PROCESSES = {
     "gaussian_diffusion": GaussianDiffusion,
     "flow_matching": FlowMatching,
 }
-DATA = {"text": Data, "images": ImageData, "codes": CodeData}
+DATA = {"text": Data, "images": ImageData, "codes": CodeData, "latents": LatentData}
 SAMPLES = {"text": Sample, "images": ImageSample, "diffusion": DiffusionSample}

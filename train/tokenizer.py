@@ -9,13 +9,13 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
 
 from ..model.nets.vq_tokenizer import VQTokenizer, VQTokenizerConfig
 from ..model.partition import path_string
 from ..model.processes.adversarial import AdversarialReconstruction
 from .errors import UserError
 from .loaded import LoadedRun
+from .mesh import OnDevicesOf
 from .schema import ImageData, ImageSample, Run
 
 # What a tokenizer without a training run of its own is: weights, nothing to train.
@@ -34,17 +34,12 @@ class LoadedTokenizer(LoadedRun):
         super().__init__(config, params, stats or {}, **options)
         self.net = VQTokenizer(config.net, jnp.float32)
         self.codebook_size, self.downsample = config.net.codebook_size, config.net.downsample
-        self._placed: dict = {}
+        self._params_for = OnDevicesOf(self.params["tokenizer"])
 
     @functools.cached_property
     def fingerprint(self) -> str:
         """Hash of config and weights; codes carry it, so that they meet no other tokenizer."""
-        digest = hashlib.sha256(repr(self.config.net).encode())
-        leaves = jax.tree_util.tree_leaves_with_path(self.params["tokenizer"])
-        for path, array in sorted((path_string(p), a) for p, a in leaves):
-            digest.update(path.encode())
-            digest.update(np.ascontiguousarray(array, np.float32).tobytes())
-        return digest.hexdigest()[:16]
+        return fingerprint_of(self.config.net, self.params["tokenizer"])
 
     def encode(self, images) -> jax.Array:
         """Codes [B, h, w] int32 of images [B, H, W, 3] in [-1, 1]; computed where the images are.
@@ -72,15 +67,15 @@ class LoadedTokenizer(LoadedRun):
             lambda params, codes: self.net.apply({"params": params}, codes, method="decode")
         )
 
-    def _params_for(self, arrays):
-        """The weights on every device that holds a part of `arrays`."""
-        sharding = getattr(arrays, "sharding", None)
-        if not isinstance(sharding, NamedSharding) or sharding.mesh.size == 1:
-            return self.params["tokenizer"]
-        if sharding.mesh not in self._placed:
-            whole = NamedSharding(sharding.mesh, PartitionSpec())
-            self._placed[sharding.mesh] = jax.device_put(self.params["tokenizer"], whole)
-        return self._placed[sharding.mesh]
+
+def fingerprint_of(config, params) -> str:
+    """Hash of a config and of weights, by name and in float32."""
+    digest = hashlib.sha256(repr(config).encode())
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    for path, array in sorted((path_string(p), a) for p, a in leaves):
+        digest.update(path.encode())
+        digest.update(np.ascontiguousarray(array, np.float32).tobytes())
+    return digest.hexdigest()[:16]
 
 
 def load_tokenizer(path: str | Path) -> LoadedTokenizer:

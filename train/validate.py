@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import math
 
+from ..model.layers.image_coder import check_channels
 from ..model.nets import aim, dit, mamba_lm
 from ..model.nets.aim import AiMConfig
 from ..model.nets.dit import DiTConfig
 from ..model.nets.flexidit import FlexiDiTConfig, check_config
 from ..model.nets.mamba_lm import MambaConfig
 from ..model.nets.transformer_vq import TransformerVQConfig
-from ..model.nets.vq_tokenizer import VQTokenizerConfig, check_channels
+from ..model.nets.vq_tokenizer import VQTokenizerConfig
 from ..model.processes.adversarial import AdversarialReconstruction
 from ..model.processes.autoregressive import Autoregressive
 from ..model.processes.flow import FlowMatching

@@ -25,7 +25,15 @@ from .names import array_module, check_names, check_shapes, flatten, nest, shape
 POSITIONS, POSITION_TOLERANCE = "pos_embed", 1e-5
 PATCH = "x_embedder.proj.weight"
 TABLE = "y_embedder.embedding_table.weight"
-HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}  # of the published sizes, by width
+SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
+HEADS = {width: heads for _, width, heads in SIZES.values()}
+# Our field -> their argument of the net's class.
+FIELDS = {
+    "input_size": "input_size", "patch_size": "patch_size", "in_channels": "in_channels",
+    "d_model": "hidden_size", "n_layer": "depth", "n_head": "num_heads", "mlp_ratio": "mlp_ratio",
+    "class_dropout": "class_dropout_prob", "num_classes": "num_classes",
+    "learn_sigma": "learn_sigma",
+}  # fmt: skip
 # Our module -> theirs; each has a kernel (their weight, transposed) and a bias.
 TOP = {
     "t_embedder/fc1": "t_embedder.mlp.0",
@@ -98,7 +106,7 @@ def dit_to_reference(params: Mapping[str, Any], config: DiTConfig) -> dict[str, 
     """Published names and layouts, `pos_embed` included; inverse of `dit_from_reference`.
 
     Raises:
-        ValueError: the layout has no such mixer, or no such positions.
+        ValueError: the layout has no such mixer.
     """
     _check_mixer(config)
     params, p = flatten(params), config.patch_size
@@ -195,3 +203,52 @@ def dit_config_from_reference(
         num_classes=shape_of(flat, TABLE, 2)[0] - (class_dropout > 0),
         class_dropout=class_dropout, learn_sigma=known[out],
     )  # fmt: skip
+
+
+def dit_config_from_fields(fields: Mapping[str, Any]) -> DiTConfig:
+    """`DiTConfig` from the arguments of the published class, or from those of its training script.
+
+    Args:
+        fields: input_size, patch_size, in_channels, hidden_size, depth, num_heads, mlp_ratio,
+            class_dropout_prob, num_classes, learn_sigma (those not given have the published
+            default); or instead of sizes model ("DiT-XL/2") and image_size (8 times input_size).
+
+    Raises:
+        ValueError: fields that are not known, or are no numbers.
+    """
+    fields = dict(fields)
+    config: dict[str, Any] = {}
+    if "model" in fields:
+        name = fields.pop("model")
+        found = re.fullmatch(r"(?:DiT|SiT)-(S|B|L|XL)/(\d)", str(name))
+        if not found:
+            raise ValueError(f"model={name!r}, expected a name like DiT-XL/2")
+        depth, width, heads = SIZES[found[1]]
+        config = {"n_layer": depth, "d_model": width, "n_head": heads, "patch_size": int(found[2])}
+    if "image_size" in fields:
+        fields["input_size"] = _number("image_size", fields.pop("image_size"), int) // 8
+    unknown = sorted(fields.keys() - set(FIELDS.values()))
+    if unknown:
+        raise ValueError(f"{', '.join(unknown)} is not known; known: {', '.join(FIELDS.values())}")
+    for ours, theirs in FIELDS.items():
+        if theirs in fields:
+            kind = type(getattr(DiTConfig, ours))
+            config[ours] = _number(theirs, fields[theirs], kind)
+    return DiTConfig(**config)
+
+
+def _number(name: str, value: Any, kind: type) -> Any:
+    allowed = (int, float) if kind is float else kind
+    if not isinstance(value, allowed) or (isinstance(value, bool) and kind is not bool):
+        raise ValueError(f"{name}={value!r}, expected a value of type {kind.__name__}")
+    return kind(value)
+
+
+def dit_fields(config: DiTConfig) -> dict[str, Any]:
+    """The arguments of the published class; inverse of `dit_config_from_fields`.
+
+    Raises:
+        ValueError: the layout has no such mixer.
+    """
+    _check_mixer(config)
+    return {theirs: getattr(config, ours) for ours, theirs in FIELDS.items()}

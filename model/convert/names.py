@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from types import ModuleType
 from typing import Any
@@ -56,6 +57,18 @@ def shape_of(flat: Flat, name: str, ndim: int) -> tuple[int, ...]:
     if len(shape) != ndim:
         raise ValueError(f"{name} has shape {shape}, expected {ndim} axes")
     return shape
+
+
+def count_of(flat: Flat, pattern: str) -> int:
+    """How many numbers the pattern's group takes.
+
+    Raises:
+        ValueError: they are not 0, 1, 2 ...
+    """
+    found = {int(m[1]) for name in flat if (m := re.match(pattern, name))}
+    if found != set(range(len(found))):
+        raise ValueError(f"{pattern} is numbered {sorted(found)}: there are gaps")
+    return len(found)
 
 
 def check_names(flat: Flat, expected: Iterable[str]) -> None:

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from ..nets.patchgan import PatchGAN
 from ..nets.vq_tokenizer import VQTokenizer, VQTokenizerConfig
-from .names import Flat, below, check_shapes, flatten, nest, shape_of
+from .names import Flat, below, check_shapes, count_of, flatten, nest, shape_of
 
 CODEBOOK = "quantize.embedding.weight"
 USAGE = "quantize.codebook_used"  # a statistic of their training loop
@@ -100,7 +100,7 @@ def config_from_shapes(flat: Flat, weights: str = "model") -> VQTokenizerConfig:
         ValueError: not this layout, or sizes that do not fit together.
     """
     flat = tokenizer_arrays(flat, weights)
-    number = lambda pattern: _count(flat, pattern)
+    number = lambda pattern: count_of(flat, pattern)
     levels = number(r"encoder\.conv_blocks\.(\d+)\.")
     ch, in_channels, *_ = shape_of(flat, "encoder.conv_in.weight", 4)
     width = lambda i: shape_of(flat, f"encoder.conv_blocks.{i}.res.0.conv1.weight", 4)[0]
@@ -119,18 +119,6 @@ def config_from_shapes(flat: Flat, weights: str = "model") -> VQTokenizerConfig:
         in_channels=in_channels,
         out_channels=shape_of(flat, "decoder.conv_out.weight", 4)[0],
     )
-
-
-def _count(flat: Flat, pattern: str) -> int:
-    """How many numbers the pattern's group takes.
-
-    Raises:
-        ValueError: they are not 0, 1, 2 ...
-    """
-    found = {int(m[1]) for name in flat if (m := re.match(pattern, name))}
-    if found != set(range(len(found))):
-        raise ValueError(f"{pattern} is numbered {sorted(found)}: there are gaps")
-    return len(found)
 
 
 def tokenizer_shapes(config: VQTokenizerConfig) -> dict[str, tuple[int, ...]]:

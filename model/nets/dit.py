@@ -278,7 +278,7 @@ class DiT(nn.Module):
         Raises:
             ValueError: images of another shape, or `drop` for a net without a null class.
         """
-        c = self.config
+        c, grid = self.config, self.config.grid
         if x.shape[1:] != (c.input_size, c.input_size, c.in_channels):
             raise ValueError(
                 f"images of shape {x.shape[1:]}; the net has input_size={c.input_size} and "
@@ -295,7 +295,7 @@ class DiT(nn.Module):
         r, _ = self.blocks(r, vectors)
         tokens = constrain(self.final(r, condition), "batch", "seq", None)
         self.sow("intermediates", "tokens", tokens)
-        out = unpatchify(tokens, c.patch_size, c.grid)
+        out = unpatchify(tokens, c.patch_size, grid)
         return constrain(out, "batch", None, None, None), {}
 
     def condition(self, t: Array, labels: Array, *, drop: Array | None = None) -> Array:

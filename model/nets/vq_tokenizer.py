@@ -14,12 +14,18 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from ...kernels_pallas.matmul import matmul
 from ...kernels_pallas.vq_attention import nearest_code
+from ..layers.image_coder import (
+    Decoder,
+    Encoder,
+    check_channels,
+    check_images,
+    conv,
+    on_batch,
+    residual_block,
+)
 from ..layers.mlp import uniform_fan_in
-from ..partition import constrain
 
-GROUPS = 32  # of every group norm
 MAX_DISTANCES = 2**25  # entries of a piece of the distance matrix: 128 MiB in float32
 
 
@@ -53,22 +59,6 @@ class VQTokenizerConfig:
     def downsample(self) -> int:
         """Pixels per token along a side."""
         return 2 ** (len(self.ch_mult) - 1)
-
-
-def check_channels(config: VQTokenizerConfig) -> None:
-    """Whether there are levels, and group norms divide their channels.
-
-    Raises:
-        ValueError: with the numbers.
-    """
-    c = config
-    if not c.ch_mult or min(c.ch_mult) < 1:
-        raise ValueError(f"ch_mult={c.ch_mult}: give a whole number of at least 1 for each level")
-    if odd := sorted({c.ch * m for m in (1, *c.ch_mult) if c.ch * m % GROUPS}):
-        raise ValueError(
-            f"ch={c.ch} and ch_mult={c.ch_mult} give levels of {odd} channels; all must be "
-            f"multiples of {GROUPS}, the groups of the norms"
-        )
 
 
 class TokenizerOutput(NamedTuple):
@@ -143,161 +133,7 @@ def init_codebook(key: Array, shape: tuple[int, int], dtype=jnp.float32) -> Arra
     return l2_normalise(jax.random.uniform(key, shape, dtype, -limit, limit))
 
 
-# ---------------------------------------------------------------- layers
-
-
-def conv(
-    features: int, kernel: int, dtype, name: str | None, *, stride: int = 1, padding=None
-) -> nn.Conv:
-    """A convolution with bias; zero padding keeps the size unless `padding` is given."""
-    padding = ((kernel // 2, kernel // 2),) * 2 if padding is None else padding
-    return nn.Conv(
-        features, (kernel, kernel), (stride, stride), padding=padding, dtype=dtype,
-        kernel_init=uniform_fan_in, name=name,
-    )  # fmt: skip
-
-
-def group_norm(name: str) -> nn.GroupNorm:
-    """Group norm, in at least float32 whatever comes in (its parameters are float32)."""
-    return nn.GroupNorm(GROUPS, epsilon=1e-6, use_fast_variance=False, name=name)
-
-
-on_batch = lambda x: constrain(x, "batch", None, None, None)
-
-
-class ResnetBlock(nn.Module):
-    """x + conv2(silu(norm2(conv1(silu(norm1(x)))))), with a 1x1 convolution on the shortcut where
-    the channels differ.
-    """
-
-    features: int
-    dropout: float
-    dtype: jnp.dtype
-
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        h = conv(self.features, 3, self.dtype, "conv1")(nn.silu(group_norm("norm1")(x)))
-        h = nn.silu(group_norm("norm2")(h))
-        h = nn.Dropout(self.dropout, deterministic=not self.has_rng("dropout"))(h)
-        h = conv(self.features, 3, self.dtype, "conv2")(h)
-        if x.shape[-1] != self.features:
-            x = conv(self.features, 1, self.dtype, "nin_shortcut")(x)
-        return on_batch(x + h)
-
-
-class AttnBlock(nn.Module):
-    """x + proj_out(softmax(q k^T / sqrt(c)) v): one head over all positions."""
-
-    dtype: jnp.dtype
-
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        batch, height, width, channels = x.shape
-        h = group_norm("norm")(x).astype(self.dtype)
-        project = lambda name: conv(channels, 1, self.dtype, name)(h).reshape(batch, -1, channels)
-        q, k, v = project("q"), project("k"), project("v")
-        weights = nn.softmax(matmul("bqc,bkc->bqk", q, k) * channels**-0.5)
-        h = matmul("bqk,bkc->bqc", weights.astype(self.dtype), v).astype(self.dtype)
-        h = conv(channels, 1, self.dtype, "proj_out")(h.reshape(x.shape))
-        return on_batch(x + h)
-
-
-class Downsample(nn.Module):
-    """3x3 convolution of stride 2 after one row and column of zeros on the right and bottom."""
-
-    dtype: jnp.dtype
-
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        halve = conv(x.shape[-1], 3, self.dtype, "conv", stride=2, padding=((0, 1), (0, 1)))
-        return on_batch(halve(x))
-
-
-class Upsample(nn.Module):
-    """Every pixel four times, then a 3x3 convolution."""
-
-    dtype: jnp.dtype
-
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        x = jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)
-        return on_batch(conv(x.shape[-1], 3, self.dtype, "conv")(x))
-
-
-class Level(nn.Module):
-    """Residual blocks at one resolution, each followed by attention if asked for, then a resize."""
-
-    features: int
-    blocks: int
-    attention: bool
-    resize: str  # "downsample", "upsample" or ""
-    block: type[nn.Module]  # ResnetBlock, rematerialised or not
-    dropout: float
-    dtype: jnp.dtype
-
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        for i in range(self.blocks):
-            x = self.block(self.features, self.dropout, self.dtype, name=f"res_{i}")(x)
-            if self.attention:
-                x = AttnBlock(self.dtype, name=f"attn_{i}")(x)
-        if self.resize:
-            resize = {"downsample": Downsample, "upsample": Upsample}[self.resize]
-            x = resize(self.dtype, name=self.resize)(x)
-        return x
-
-
-def _middle(x: Array, block: type[nn.Module], dropout: float, dtype) -> Array:
-    """Residual block, attention, residual block."""
-    x = block(x.shape[-1], dropout, dtype, name="mid_0")(x)
-    x = AttnBlock(dtype, name="mid_1")(x)
-    return block(x.shape[-1], dropout, dtype, name="mid_2")(x)
-
-
-class Encoder(nn.Module):
-    """Images [B, H, W, C] -> [B, h, w, z_channels]."""
-
-    config: VQTokenizerConfig
-    block: type[nn.Module]
-    dtype: jnp.dtype
-
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        c, last = self.config, len(self.config.ch_mult) - 1
-        x = conv(c.ch, 3, self.dtype, "conv_in")(x)
-        for i, multiple in enumerate(c.ch_mult):
-            x = Level(
-                c.ch * multiple, c.num_res_blocks, attention=i == last,
-                resize="" if i == last else "downsample", block=self.block, dropout=c.dropout,
-                dtype=self.dtype, name=f"conv_blocks_{i}",
-            )(x)  # fmt: skip
-        x = _middle(x, self.block, c.dropout, self.dtype)
-        return conv(c.z_channels, 3, self.dtype, "conv_out")(nn.silu(group_norm("norm_out")(x)))
-
-
-class Decoder(nn.Module):
-    """[B, h, w, z_channels] -> images [B, H, W, C] in at least float32, and the input of the last
-    convolution [B, H, W, ch]. conv_blocks_0 has the lowest resolution.
-    """
-
-    config: VQTokenizerConfig
-    block: type[nn.Module]
-    dtype: jnp.dtype
-
-    @nn.compact
-    def __call__(self, x: Array) -> tuple[Array, Array]:
-        c, last = self.config, len(self.config.ch_mult) - 1
-        x = conv(c.ch * c.ch_mult[-1], 3, self.dtype, "conv_in")(x)
-        x = _middle(x, self.block, c.dropout, self.dtype)
-        for i, multiple in enumerate(reversed(c.ch_mult)):
-            x = Level(
-                c.ch * multiple, c.num_res_blocks + 1, attention=i == 0,
-                resize="" if i == last else "upsample", block=self.block, dropout=c.dropout,
-                dtype=self.dtype, name=f"conv_blocks_{i}",
-            )(x)  # fmt: skip
-        features = nn.silu(group_norm("norm_out")(x)).astype(self.dtype)
-        # In float32, the dtype of its parameters: bfloat16 would round pixels to 1/4 of a level.
-        return conv(c.out_channels, 3, None, "conv_out")(features), features
+# ---------------------------------------------------------------- net
 
 
 def last_convolution(params, features: Array) -> Array:
@@ -307,14 +143,6 @@ def last_convolution(params, features: Array) -> Array:
     """
     params = params["decoder"]["conv_out"]
     return conv(params["bias"].size, 3, None, None).apply({"params": params}, features)
-
-
-def _is_matmul(primitive, *_, **__) -> bool:
-    """Rematerialisation policy: keep what convolutions and matmuls computed."""
-    return primitive.name in ("conv_general_dilated", "dot_general")
-
-
-REMAT_POLICIES = {"full": None, "dots": _is_matmul}
 
 
 class VQTokenizer(nn.Module):
@@ -335,11 +163,12 @@ class VQTokenizer(nn.Module):
     def setup(self):
         c = self.config
         check_channels(c)
-        block = ResnetBlock
-        if self.remat != "none":
-            block = nn.remat(ResnetBlock, policy=REMAT_POLICIES[self.remat])
-        self.encoder = Encoder(c, block, self.dtype)
-        self.decoder = Decoder(c, block, self.dtype)
+        common = dict(
+            ch=c.ch, ch_mult=c.ch_mult, num_res_blocks=c.num_res_blocks, attention=True,
+            block=residual_block(self.remat), dropout=c.dropout, dtype=self.dtype,
+        )  # fmt: skip
+        self.encoder = Encoder(features=c.z_channels, **common)
+        self.decoder = Decoder(features=c.out_channels, **common)
         # In float32 (the dtype of its parameters), for the codes depend on it.
         self.quant_conv = nn.Conv(
             c.codebook_dim, (1, 1), kernel_init=uniform_fan_in, precision=lax.Precision.HIGHEST
@@ -374,14 +203,7 @@ class VQTokenizer(nn.Module):
 
     def latents(self, images: Array) -> Array:
         """[B, h, w, D] float32 as they are matched with codes; errors as of `__call__`."""
-        c, shape = self.config, images.shape
-        if len(shape) != 4 or shape[3] != c.in_channels:
-            raise ValueError(f"images have shape {shape}, expected [B, H, W, {c.in_channels}]")
-        if shape[1] % c.downsample or shape[2] % c.downsample or 0 in shape:
-            raise ValueError(
-                f"images of {shape[1]}x{shape[2]} pixels cannot be cut into tokens of "
-                f"{c.downsample}x{c.downsample}; resize or crop them to multiples of {c.downsample}"
-            )
+        check_images(images, self.config.in_channels, self.config.downsample, "tokens")
         return self._matched(self.quant_conv(self.encoder(on_batch(images))))
 
     def _matched(self, vectors: Array) -> Array:

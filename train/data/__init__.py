@@ -1,7 +1,8 @@
 """Training and evaluation data: every batch is a pure function of seed, step and row.
 
-`open_data(config, split=..., seed=..., batch_size=...)` is the way in for text, `open_image_data`
-and `open_code_data` for images and their codes; `open.open_split` takes any run.
+`open_data(config, split=..., seed=..., batch_size=...)` is the way in for text, `open_image_data`,
+`open_code_data` and `open_latent_data` for images, their codes and their latents; `open.open_split`
+takes any run.
 """
 
 from .codes import CodeDataset, open_code_data
@@ -14,6 +15,7 @@ from .dataset import (
 )
 from .image_dataset import ImageDataset, open_image_data
 from .image_files import write_array_records
+from .latents import LatentDataset, open_latent_data
 from .stream import evaluation_batches, image_tokens, pack_documents
 from .vocab import ByteVocab, SentencePieceVocab, load_vocab, train_sentencepiece
 
@@ -22,6 +24,7 @@ __all__ = [
     "CodeDataset",
     "ImageDataset",
     "LMDataset",
+    "LatentDataset",
     "SentencePieceVocab",
     "evaluation_batches",
     "gzip_bits_per_byte",
@@ -30,6 +33,7 @@ __all__ = [
     "open_code_data",
     "open_data",
     "open_image_data",
+    "open_latent_data",
     "pack_documents",
     "prepare_data",
     "raw_validation_bytes",

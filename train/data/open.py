@@ -4,21 +4,21 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..schema import CodeData, ImageData, Run
+from ..schema import CodeData, ImageData, LatentData, Run
 from .dataset import open_data
 
 
-def open_split(run: Run, split: str, run_dir: str | Path, codes: str | Path | None = None):
+def open_split(run: Run, split: str, run_dir: str | Path, encoded: str | Path | None = None):
     """One split of a run's data: batches that are a pure function of (seed, step, row).
 
     Args:
         run: the config. split: "train", "validation" or "test".
         run_dir: holds the caches.
-        codes: folder of codes, for `CodeData`.
+        encoded: folder of codes or latents, for `CodeData` and `LatentData`.
 
     Returns:
-        `LMDataset`, `ImageDataset` or `CodeDataset`; all have fingerprint, num_batches, batch,
-        iterate and description.
+        `LMDataset`, `ImageDataset`, `CodeDataset` or `LatentDataset`; all have fingerprint,
+        num_batches, batch, iterate and description.
 
     Raises:
         UserError: whatever the user can mend.
@@ -32,5 +32,9 @@ def open_split(run: Run, split: str, run_dir: str | Path, codes: str | Path | No
     if isinstance(run.data, CodeData):
         from .codes import open_code_data
 
-        return open_code_data(run.data, codes, **common)
+        return open_code_data(run.data, encoded, **common)
+    if isinstance(run.data, LatentData):
+        from .latents import open_latent_data
+
+        return open_latent_data(run.data, encoded, **common)
     return open_data(run.data, cache=Path(run_dir) / "cache", **common)

@@ -9,7 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lintime.model.convert.dit import dit_config_from_reference, dit_from_reference
+from lintime.model.convert.dit import (
+    dit_config_from_fields,
+    dit_config_from_reference,
+    dit_from_reference,
+)
 from lintime.model.layers.positions import sincos_positions
 from lintime.model.nets.dit import DiT, DiTConfig
 
@@ -17,21 +21,10 @@ from ..compare import Report
 from ..manifest import Case
 from ..quick import quick_jit
 
-# Their arguments -> our fields.
-FIELDS = {
-    "input_size": "input_size", "patch_size": "patch_size", "in_channels": "in_channels",
-    "hidden_size": "d_model", "depth": "n_layer", "num_heads": "n_head", "mlp_ratio": "mlp_ratio",
-    "class_dropout_prob": "class_dropout", "num_classes": "num_classes",
-    "learn_sigma": "learn_sigma",
-}  # fmt: skip
-
 
 def config_of(case: Case) -> DiTConfig:
     """The config of a case, which must be what the arrays tell."""
-    given = case.config.get("model", case.config)
-    config = DiTConfig(
-        **{ours: given[theirs] for theirs, ours in FIELDS.items() if theirs in given}
-    )
+    config = dit_config_from_fields(case.config.get("model", case.config))
     told = dit_config_from_reference(
         case.params, n_head=config.n_head, class_dropout=config.class_dropout
     )
