@@ -155,10 +155,11 @@ def test_a_threshold_in_time():
     ],
 )
 def test_guides(guidance, weak, powerful):
-    segments = with_guidance(((4, 3), (2, 5)), guidance, scales=(1.0, 3.0), **ENDS)
+    scales = (None, None) if guidance == "none" else (1.0, 3.0)
+    segments = with_guidance(((4, 3), (2, 5)), guidance, scales=scales, **ENDS)
     assert segments == (
-        Segment(steps=3, mode=4, guide=weak[0], guide_mode=weak[1], scale=1.0),
-        Segment(steps=5, mode=2, guide=powerful[0], guide_mode=powerful[1], scale=3.0),
+        Segment(steps=3, mode=4, guide=weak[0], guide_mode=weak[1], scale=scales[0]),
+        Segment(steps=5, mode=2, guide=powerful[0], guide_mode=powerful[1], scale=scales[1]),
     )
 
 
@@ -167,6 +168,8 @@ def test_guidance_errors():
         with_guidance(((2, 1),), "strong", **ENDS)
     with pytest.raises(ValueError, match="2 guidance scales for 1 levels"):
         with_guidance(((2, 1),), scales=(1.0, 2.0), **ENDS)
+    with pytest.raises(ValueError, match="'none' has no scales"):
+        with_guidance(((2, 1),), "none", scales=(1.0,), **ENDS)
 
 
 def test_cost_of_a_trajectory():

@@ -174,6 +174,11 @@ def _parser() -> _Parser:
     from .convert import add_arguments as convert_arguments
 
     convert_arguments(sub)
+
+    sub = add("flexify", _flexify, "Turn a trained DiT into one that takes several patch sizes.")
+    from .flexify import add_arguments as flexify_arguments
+
+    flexify_arguments(sub)
     return parser
 
 
@@ -242,6 +247,12 @@ def _bench(arguments: argparse.Namespace) -> None:
 
 def _convert(arguments: argparse.Namespace) -> None:
     from .convert import run_command
+
+    run_command(arguments)
+
+
+def _flexify(arguments: argparse.Namespace) -> None:
+    from .flexify import run_command
 
     run_command(arguments)
 

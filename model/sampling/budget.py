@@ -193,9 +193,11 @@ def with_guidance(
         scales: guidance of each level, None for the call's; () for the call's everywhere.
 
     Raises:
-        ValueError: an unknown guidance, or another number of scales than of levels.
+        ValueError: an unknown guidance, another number of scales than of levels, or scales of none.
     """
     _check_guidance(guidance)
+    if guidance == "none" and any(scale is not None for scale in scales):
+        raise ValueError("guidance 'none' has no scales; leave them out")
     scales = tuple(scales) or (None,) * len(levels)
     if len(scales) != len(levels):
         raise ValueError(f"{len(scales)} guidance scales for {len(levels)} levels {list(levels)}")

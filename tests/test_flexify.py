@@ -1,0 +1,130 @@
+"""`lintime flexify`: a DiT run into a FlexiDiT run."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from lintime.model.nets.dit import DiT, DiTConfig
+from lintime.model.nets.flexidit import FlexiDiTConfig, init_params, mode_params
+from lintime.model.processes.gaussian import GaussianDiffusion
+from lintime.train.checkpoint import restore_inference, save_inference
+from lintime.train.cli import main
+from lintime.train.config_files import read_config, save_config
+from lintime.train.errors import UserError
+from lintime.train.flexify import flexify_run, parse_sizes
+from lintime.train.schema import DiffusionSample, ImageData, Run
+
+NET = DiTConfig(
+    input_size=8, patch_size=2, in_channels=3, d_model=16, n_layer=2, n_head=2, num_classes=3
+)
+
+
+@pytest.fixture(scope="module")
+def dit_params():
+    x, one = np.zeros((1, 8, 8, 3), np.float32), np.zeros((1,), np.int32)
+    draw = np.random.default_rng(0)
+    init = jax.eval_shape(DiT(NET).init, jax.random.key(0), x, one, one)["params"]
+    return jax.tree.map(lambda a: np.float32(0.1 * draw.normal(size=a.shape)), init)
+
+
+@pytest.fixture(scope="module")
+def source(dit_params, tmp_path_factory):
+    """Run directory of a DiT."""
+    folder = tmp_path_factory.mktemp("runs") / "dit"
+    run = Run(
+        net=NET, process=GaussianDiffusion(), data=ImageData(path="builtin:digits", size=8),
+        sample=DiffusionSample(steps=4), init_from="elsewhere",
+    )  # fmt: skip
+    save_inference(folder, {"params": dit_params})
+    save_config(run, folder / "config.json")
+    return folder
+
+
+def weights(folder):
+    net = read_config(folder / "config.json").net
+    abstract = {"params": jax.eval_shape(lambda: init_params(net, jax.random.key(0)))}
+    return net, restore_inference(folder, abstract)["params"]
+
+
+@pytest.mark.parametrize("variant", ["shared", "lora"])
+def test_the_run_is_what_it_was_at_its_own_patch_size(source, dit_params, variant, tmp_path):
+    out = tmp_path / "flexi"
+    words = ["--patch-sizes", "2,4,8", "--variant", variant, "--out", str(out), "net.rank=3"]
+    assert main(["flexify", str(source), *words]) == 0
+    net, params = weights(out)
+    assert net == FlexiDiTConfig(base=NET, patch_sizes=(2, 4, 8), variant=variant, rank=3)
+    own = mode_params(net, params, 2)
+    check = np.testing.assert_array_equal if variant == "lora" else almost
+    jax.tree.map(check, own, dit_params)
+    saved = read_config(out / "config.json")
+    assert saved.init_from == "" and saved.sample.steps == 4
+
+
+def almost(a, b):
+    np.testing.assert_allclose(a, b, atol=1e-6)
+
+
+def test_it_says_what_modes_cost(source, tmp_path, capsys):
+    main(["flexify", str(source), "--patch-sizes", "2,4", "--out", str(tmp_path / "x")])
+    out = capsys.readouterr().out
+    assert "patch size 2: " in out and "100.0%" in out and "patch size 4: " in out
+    assert f"init_from={tmp_path / 'x'}" in out
+
+
+def test_the_seed_draws_the_adapters(source, tmp_path):
+    found = []
+    for number, seed in enumerate((0, 0, 1)):
+        out = tmp_path / str(number)
+        flexify_run(source, out, patch_sizes=(2, 4), variant="lora", seed=seed)
+        found.append(weights(out)[1]["modes"]["p4"]["lora"]["mlp"]["fc1"]["A"])
+    assert np.array_equal(found[0], found[1]) and not np.array_equal(found[0], found[2])
+
+
+def test_saved_configs_keep_the_kind(source, tmp_path):
+    flexify_run(source, tmp_path / "x", patch_sizes=(2,))
+    assert json.loads((tmp_path / "x" / "config.json").read_text())["net"]["kind"] == "flexidit"
+
+
+@pytest.mark.parametrize(
+    "sizes, overrides, message",
+    [
+        ((4, 8), (), "lack 2, the patch size of the base; add it"),
+        ((2, 3), (), "patch size 3 does not divide input_size=8; 1, 2, 4, 8 do"),
+        ((2, 4), ("net.base.n_layer=3",), "cannot be changed; leave out net.base.n_layer=3"),
+        ((2, 4), ("net.variant=lora", "net.targets=attn.key"), "no kernel attn.key in a block"),
+        ((2, 4), ("net.resize=cubic",), "choose one of area, bilinear"),
+    ],
+)
+def test_errors_of_the_net(source, sizes, overrides, message, tmp_path):
+    with pytest.raises(UserError, match=message):
+        flexify_run(source, tmp_path / "x", patch_sizes=sizes, overrides=overrides)
+    assert not (tmp_path / "x").exists()
+
+
+def test_errors_of_the_source(source, tmp_path):
+    flexify_run(source, tmp_path / "x", patch_sizes=(2, 4))
+    with pytest.raises(UserError, match="flexible already, with patch sizes 2, 4"):
+        flexify_run(tmp_path / "x", tmp_path / "y", patch_sizes=(2, 4))
+    with pytest.raises(UserError, match="exists already"):
+        flexify_run(source, tmp_path / "x", patch_sizes=(2, 4))
+    with pytest.raises(UserError, match="does not exist"):
+        flexify_run(tmp_path / "none", tmp_path / "y", patch_sizes=(2, 4))
+
+
+def test_a_run_of_another_net_is_refused(source, tmp_path):
+    run = read_config(source / "config.json")
+    from lintime.model.nets.mamba_lm import MambaConfig
+
+    save_inference(tmp_path / "m", {"params": {"a": np.zeros(1, np.float32)}})
+    save_config(dataclasses.replace(run, net=MambaConfig()), tmp_path / "m" / "config.json")
+    with pytest.raises(UserError, match="is no DiT"):
+        flexify_run(tmp_path / "m", tmp_path / "y", patch_sizes=(2, 4))
+
+
+def test_patch_sizes_as_text():
+    assert parse_sizes("2,4, 8") == (2, 4, 8)
+    with pytest.raises(UserError, match="whole numbers separated by commas"):
+        parse_sizes("2;4")

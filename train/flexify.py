@@ -1,0 +1,168 @@
+"""`lintime flexify`: a trained DiT into a FlexiDiT, which takes several patch sizes."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from ..model.nets.dit import DiT, DiTConfig
+from ..model.nets.flexidit import FlexiDiTConfig, flexify, mode_flops
+from .arrays import config_beside, must_be_new, read_arrays, read_hyperparameters
+from .checkpoint import FOLDER, restore_inference, save_inference
+from .config_files import read_config, save_config
+from .convert import recognise
+from .errors import UserError
+from .override import apply_overrides
+from .schema import Run
+from .validate import validate
+
+EXAMPLES = """\
+examples:
+  lintime flexify runs/dit --patch-sizes 2,4 --out runs/flexi
+  lintime flexify DiT-XL-2-256x256.pt --patch-sizes 2,4 --variant lora --out runs/flexi net.rank=32
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `lintime flexify`."""
+    parser.epilog = EXAMPLES
+    parser.add_argument(
+        "source", metavar="RUN|FILE", help="run directory, or published DiT weights"
+    )
+    parser.add_argument(
+        "--patch-sizes", metavar="P,P,..", required=True,
+        help="all patch sizes the net shall take, its own included",
+    )  # fmt: skip
+    parser.add_argument(
+        "--variant", choices=["shared", "lora"], default="shared",
+        help="shared: all sizes train the same weights (default); lora: the DiT is frozen, other "
+        "sizes have embeddings of their own and adapters",
+    )  # fmt: skip
+    parser.add_argument("--out", metavar="DIR", required=True, help="run directory to make")
+    parser.add_argument("--seed", type=int, default=0, help="of the adapters' first weights")
+    parser.add_argument("overrides", nargs="*", metavar="field=value", help="e.g. net.rank=32")
+
+
+def run_command(arguments: argparse.Namespace) -> None:
+    """`lintime flexify`: makes the run and says what its modes cost."""
+    run = flexify_run(
+        arguments.source, arguments.out, patch_sizes=parse_sizes(arguments.patch_sizes),
+        variant=arguments.variant, seed=arguments.seed, overrides=arguments.overrides,
+    )  # fmt: skip
+    net, out = run.net, arguments.out
+    print(f"{out} holds the FlexiDiT; patch size {net.powerful} is the DiT as it was.")
+    if net.base.mixer == "attention":
+        costs = mode_flops(net)
+        for patch, cost in costs.items():
+            print(
+                f"  patch size {patch}: {cost / 1e9:.4g} Gmacs per image and step, "
+                f"{cost / costs[net.powerful]:.1%}"
+            )
+    others = ", ".join(map(str, net.others))
+    if others:
+        print(
+            f"Patch size {others} has learned nothing yet. Fine-tune with the DiT's settings:\n"
+            f"  lintime train CONFIG init_from={out}"
+        )
+
+
+def parse_sizes(text: str) -> tuple[int, ...]:
+    """Patch sizes from "2,4".
+
+    Raises:
+        UserError: not whole numbers.
+    """
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise UserError(
+            f"--patch-sizes {text}: give whole numbers separated by commas, e.g. 2,4"
+        ) from None
+
+
+def flexify_run(
+    source: str | Path,
+    out: str | Path,
+    *,
+    patch_sizes: Sequence[int],
+    variant: str = "shared",
+    seed: int = 0,
+    overrides: Sequence[str] = (),
+) -> Run:
+    """Make a run directory with the FlexiDiT of a trained DiT, for `sample` and `init_from`.
+
+    Args:
+        source: run directory (its averaged weights where it keeps them), or a published checkpoint,
+            as `convert` reads it. out: run directory to make.
+        patch_sizes, variant: of `FlexiDiTConfig`. seed: of the adapters.
+        overrides: `field=value`, applied last: settings of the net such as net.rank, or whatever
+            the run needs, but nothing of the DiT itself.
+
+    Returns:
+        The new run.
+
+    Raises:
+        UserError: the source is no DiT or is flexible already, patch sizes that cannot be, `out`
+            exists, or an override that changes the DiT.
+    """
+    out = must_be_new(Path(out))
+    run, params = _trained_dit(Path(source))
+    base = run.net
+    net = FlexiDiTConfig(base=base, patch_sizes=tuple(patch_sizes), variant=variant)
+    run = apply_overrides(dataclasses.replace(run, net=net, init_from="", stages=()), overrides)
+    if run.net.base != base:
+        raise UserError(
+            f"net.base is the DiT of {source} and cannot be changed; leave out "
+            f"{', '.join(o for o in overrides if o.startswith('net.base.'))}"
+        )
+    validate(run)
+    try:
+        params = flexify(run.net, params, jax.random.key(seed))
+    except ValueError as error:
+        raise UserError(f"net: {error}") from error
+    variables = {"params": jax.tree.map(np.asarray, params), "stats": {}}
+    save_inference(out, variables, 0, {"flexified_from": str(source)})
+    save_config(run, out / "config.json")
+    return run
+
+
+def _trained_dit(source: Path) -> tuple[Run, dict[str, Any]]:
+    """The run of a DiT and its parameters.
+
+    Raises:
+        UserError: it is of another net, or not readable.
+    """
+    if (source / FOLDER).is_dir():
+        run = read_config(source / "config.json")
+        _check_kind(run, source)
+        net = run.net
+        shape = (1, net.input_size, net.input_size, net.in_channels)
+        one = jax.ShapeDtypeStruct((1,), "int32")
+        image = jax.ShapeDtypeStruct(shape, "float32")
+        init = lambda *inputs: DiT(net).init(jax.random.key(0), *inputs)["params"]
+        abstract = {"params": jax.eval_shape(init, image, one, one)}
+        return run, jax.tree.map(np.asarray, restore_inference(source, abstract))["params"]
+    flat = read_arrays(source)
+    beside = config_beside(source)
+    config, reference = read_hyperparameters(beside) if beside else (None, None)
+    run, variables = recognise(flat).to_run(
+        flat, layout=None, config=config, reference=reference, overrides=(), source=source
+    )
+    _check_kind(run, source)
+    return run, variables["params"]
+
+
+def _check_kind(run: Run, source: Path) -> None:
+    if isinstance(run.net, FlexiDiTConfig):
+        raise UserError(
+            f"{source} is flexible already, with patch sizes "
+            f"{', '.join(map(str, run.net.patch_sizes))}; name the DiT it was made of"
+        )
+    if not isinstance(run.net, DiTConfig):
+        raise UserError(f"{source} is no DiT; flexify takes a run or a checkpoint of one")
