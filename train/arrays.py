@@ -53,9 +53,11 @@ def read_arrays(source: str | Path) -> dict[str, np.ndarray]:
             "checkpoint: give .safetensors, .npz, PyTorch .bin, flax checkpoint_<step> or Orbax "
             "state_<step>"
         ) from error
-    inner = ("params", "model", "state_dict")  # of a TrainState, variables, a trainer's checkpoint
-    while isinstance(tree, Mapping) and any(isinstance(tree.get(k), Mapping) for k in inner):
-        tree = next(tree[k] for k in inner if isinstance(tree.get(k), Mapping))
+    # Of a TrainState, variables, a trainer's checkpoint: its averaged weights, if it has them.
+    inner = ("params", "ema", "model", "state_dict")
+    held = lambda tree: [tree[k] for k in inner if tree.get(k) and isinstance(tree[k], Mapping)]
+    while isinstance(tree, Mapping) and held(tree):
+        tree = held(tree)[0]
     if not isinstance(tree, Mapping):
         raise UserError(f"{source} holds no parameters (it is a {type(tree).__name__})")
     flat = flatten(tree)

@@ -241,14 +241,16 @@ def train(run: Run, steps: int, warmup: int = 3) -> dict[str, Any]:
         make = lambda key: init_state(task, run, key)
         shardings = state_shardings(jax.eval_shape(make, jax.random.key(0)), mesh)
         state = jax.jit(make, out_shardings=shardings)(jax.random.key(0))
-        update = jit_step(make_train_step(task, run), shardings)
+        update = jit_step(make_train_step(task, run), shardings, run.precision.unroll)
         began = time.perf_counter()
         update = update.lower(state, batch(0)).compile()
         compile_s = time.perf_counter() - began
         last = None
         for number in range(warmup + steps + 1):
             state, metrics = update(state, jax.block_until_ready(batch(number)))
-            if last is not None:  # as the loop of `train`: an update is read when the next is queued
+            if (
+                last is not None
+            ):  # as the loop of `train`: an update is read when the next is queued
                 if not bool(last["ok"]):
                     raise ValueError(f"the loss or a gradient of update {number} is not finite")
                 seconds.append(time.perf_counter() - began)

@@ -20,7 +20,7 @@ from . import flops
 from .mesh import check_batch, make_mesh, put_batch, state_shardings
 from .metrics import forward_flops
 from .schema import Run
-from .step import init_state, make_train_step
+from .step import init_state, jit_step, make_train_step
 from .task import DTYPES
 from .tasks import make_task
 
@@ -325,8 +325,7 @@ def _time_steps(run, steps, warmup, devices, alone):
     with jax.set_mesh(mesh):
         init, shardings = _initialiser(any_length, mesh)
         state = init(jax.random.key(run.seed))
-        update = make_train_step(task, run)
-        update = jax.jit(update, donate_argnums=0, out_shardings=(shardings, None))
+        update = jit_step(make_train_step(task, run), shardings, run.precision.unroll)
         began = time.perf_counter()
         compiled = update.lower(state, put(0)).compile()
         compile_s = time.perf_counter() - began

@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 
 from ..model.nets.aim import AiMConfig
+from ..model.nets.dit import DiTConfig
 from ..model.nets.mamba_lm import MambaConfig
 from ..model.nets.transformer_vq import TransformerVQConfig
 from ..model.nets.vq_tokenizer import VQTokenizerConfig
-from . import convert_aim, convert_mamba, convert_tokenizer, convert_vq
+from . import convert_aim, convert_dit, convert_mamba, convert_tokenizer, convert_vq
 from .arrays import (
     WEIGHTS,
     check_weights,
@@ -42,6 +43,7 @@ examples:
   lintime convert --run runs/mamba --to bin --out mamba        # for mamba_ssm's from_pretrained
   lintime convert --from aim-xlarge --out runs/aim-xl          # AiM with its tokenizer
   lintime convert --from vq_ds16_c2i.pt --out runs/vq16        # a tokenizer alone
+  lintime convert --from DiT-XL-2-256x256.pt --out runs/dit    # --layout sit for SiT
   lintime convert --run runs/dense --to vq --out runs/dense-vq net.n_code=512
 """
 # Each system's module has to_run(flat, ...) and from_run(run, ...).
@@ -50,6 +52,7 @@ SYSTEMS = {
     MambaConfig: convert_mamba,
     AiMConfig: convert_aim,
     VQTokenizerConfig: convert_tokenizer,
+    DiTConfig: convert_dit,
 }
 LAYOUTS = {name: module for module in SYSTEMS.values() for name in module.LAYOUTS}
 
@@ -103,6 +106,8 @@ def run_command(arguments: argparse.Namespace) -> None:
                 f"  lintime sample --run {out} data.path=IMAGES\n"
                 f"  lintime prepare codes IMAGES --tokenizer {out} --out DIR"
             )
+        elif isinstance(run.net, DiTConfig):
+            print(f"{out} is ready:\n  lintime sample --run {out} data.autoencoder=FOLDER")
         elif isinstance(run.data, CodeData):
             print(
                 f"{out} is ready:\n  lintime sample --run {out}\n"
@@ -188,7 +193,7 @@ def convert(
 
 def recognise(flat: Mapping[str, np.ndarray]) -> ModuleType:
     """The system whose names these are; Transformer-VQ's explains what it does not know."""
-    for system in (convert_aim, convert_mamba, convert_tokenizer):
+    for system in (convert_aim, convert_mamba, convert_dit, convert_tokenizer):
         if system.recognises(flat):
             return system
     return convert_vq

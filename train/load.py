@@ -13,6 +13,7 @@ import jax
 from jax.sharding import SingleDeviceSharding
 
 from ..model.nets.aim import AiMConfig
+from ..model.nets.dit import DiTConfig
 from ..model.nets.mamba_lm import MambaConfig
 from ..model.nets.transformer_vq import TransformerVQConfig
 from ..model.nets.vq_tokenizer import VQTokenizerConfig
@@ -21,7 +22,8 @@ from .checkpoint import FOLDER, Checkpoints, restore_inference
 from .config_files import read_config
 from .errors import UserError
 from .loaded import LoadedRun
-from .loaded_images import LoadedImages
+from .loaded_codes import LoadedCodes
+from .loaded_diffusion import LoadedDiffusion
 from .loaded_text import LoadedText
 from .published import HUB_NAME, fetch, load_published
 from .schema import Precision, Run
@@ -32,7 +34,8 @@ from .tokenizer import LoadedTokenizer
 LOADED = {
     TransformerVQConfig: LoadedText,
     MambaConfig: LoadedText,
-    AiMConfig: LoadedImages,
+    AiMConfig: LoadedCodes,
+    DiTConfig: LoadedDiffusion,
     VQTokenizerConfig: LoadedTokenizer,
 }
 

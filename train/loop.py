@@ -27,7 +27,7 @@ from .metrics import Clock
 from .schema import Checkpoint, CodeData, Run
 from .stages import check_stages, codes_dir, is_finished, resolve, stage_dir, stages_of
 from .state import TrainState
-from .step import init_state, make_train_step
+from .step import init_state, jit_step, make_train_step
 from .tasks import make_task
 from .track import Tracker, plot_curves, truncate_metrics
 
@@ -105,9 +105,12 @@ def train(
         abstract = jax.tree.map(
             lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, shardings
         )
-        update = jax.jit(
-            make_train_step(task, run), donate_argnums=0, out_shardings=(shardings, None)
-        )
+        updates = {
+            mode: jit_step(
+                make_train_step(task.in_mode(mode), run), shardings, run.precision.unroll
+            )
+            for mode in task.modes
+        }
 
     # ---- resume, or start ---------------------------------------------------------------------
     checkpoints = Checkpoints(run_dir, run.checkpoint)
@@ -182,6 +185,7 @@ def train(
                 if profile and step == profile[0]:
                     jax.profiler.start_trace(str(run_dir / "profile"))
                 with jax.set_mesh(mesh):
+                    update = updates[task.mode_at(step)]
                     state, metrics = update(state, put_batch(batch, step, mesh, run.batch_size))
                 step += 1
                 if profile and step == profile[1]:

@@ -57,8 +57,13 @@ class Clock:
 
 def forward_flops(task, run: Run) -> int:
     """FLOPs (2 per multiply-add) of the loss of one update over the whole batch, counted from the
-    jaxpr.
+    jaxpr; the average over the task's modes.
     """
+    each = {mode: _forward_flops(task.in_mode(mode), run) for mode in task.modes}
+    return round(sum(share * each[mode] for mode, share in task.modes.items()))
+
+
+def _forward_flops(task, run: Run) -> int:
     batch = task.abstract_batch() | {"step": jax.ShapeDtypeStruct((), "int32")}
     variables = jax.eval_shape(task.init, jax.random.key(0))
     carry = jax.eval_shape(lambda: task.init_carry(run.batch_size))

@@ -153,7 +153,11 @@ def _replace(config: Any, parts: list[str], text: str, run: Run, path: str) -> A
             f"{path} is a group of fields and cannot be replaced as a whole; set its fields one by "
             f"one ({example}=...) or start from another config (lintime train --list)"
         )
-    return dataclasses.replace(config, **{name: _parse(text, annotations[name], path)})
+    value = _parse(text, annotations[name], path)
+    try:
+        return dataclasses.replace(config, **{name: value})
+    except ValueError as error:  # of a class that checks itself
+        raise UserError(f"{path}={text}: {error}") from error
 
 
 def _parse(text: str, annotation: Any, path: str) -> Any:

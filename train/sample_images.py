@@ -39,11 +39,8 @@ def sample_classes(
         Paths of the files, the grid (of the first images) first.
     """
     out = sys.stdout if out is None else out
-    classes = classes_of(sample, loaded.config.net.num_classes)
-    settings = {
-        name: getattr(sample, name)
-        for name in ("guidance", "schedule", "temperature", "top_k", "top_p", "rows")
-    }
+    classes = classes_of(sample, loaded.num_classes)
+    settings = loaded.settings(sample)
     folder = Path(loaded.path or ".") / "samples"
     stem = f"step{loaded.step:08d}-seed{seed}"
     names = [f"{stem}-{i:05d}-class{c}" for i, c in enumerate(classes)]

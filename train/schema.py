@@ -12,11 +12,14 @@ import dataclasses
 from typing import Any
 
 from ..model.nets.aim import AiMConfig
+from ..model.nets.dit import DiTConfig
 from ..model.nets.mamba_lm import MambaConfig
 from ..model.nets.transformer_vq import TransformerVQConfig
 from ..model.nets.vq_tokenizer import VQTokenizerConfig
 from ..model.processes.adversarial import AdversarialReconstruction
 from ..model.processes.autoregressive import Autoregressive
+from ..model.processes.flow import FlowMatching
+from ..model.processes.gaussian import GaussianDiffusion
 
 dataclass = dataclasses.dataclass(frozen=True, kw_only=True)
 
@@ -288,6 +291,40 @@ class ImageSample:
 
 
 @dataclass
+class DiffusionSample:
+    """Sampling of images by class with a diffusion or flow-matching model.
+
+    Attributes:
+        classes, count, rows, columns, files, npz: as for `ImageSample`.
+        method: "ddpm", "ddim", "dpm++2m", "euler" or "heun" for diffusion; "euler", "heun" or
+            "sde" for flow matching.
+        steps: of the solver ("heun" calls the net twice a step).
+        guidance: classifier-free guidance strength s, mixed = uncond + s (cond - uncond); 1 is
+            none.
+        guidance_channels: how many leading channels are guided; 0 = all. The published DiT and SiT
+            figures guide 3 of 4.
+        guidance_interval: where guidance acts, from low to high, on the way from the clean image
+            at 0 to noise at 1, in shares of the steps (arXiv 2404.07724).
+        eta: noise of "ddim" steps; 0 is deterministic.
+        clip: keep predicted images in [-1, 1]: for pixels, not for latents.
+    """
+
+    classes: tuple[int, ...] = ()
+    count: int = 64
+    method: str = "ddpm"
+    steps: int = 250
+    guidance: float = 1.0
+    guidance_channels: int = 0
+    guidance_interval: tuple[float, ...] = (0.0, 1.0)
+    eta: float = 0.0
+    clip: bool = False
+    rows: int = 64
+    columns: int = 0
+    files: bool = False
+    npz: bool = False
+
+
+@dataclass
 class Log:
     """every: updates between metric lines; tensorboard / wandb need the `track` extra."""
 
@@ -323,11 +360,14 @@ NETS = {
     "transformer_vq": TransformerVQConfig,
     "mamba": MambaConfig,
     "aim": AiMConfig,
+    "dit": DiTConfig,
     "vq_tokenizer": VQTokenizerConfig,
 }
 PROCESSES = {
     "autoregressive": Autoregressive,
     "adversarial_reconstruction": AdversarialReconstruction,
+    "gaussian_diffusion": GaussianDiffusion,
+    "flow_matching": FlowMatching,
 }
 DATA = {"text": Data, "images": ImageData, "codes": CodeData, "latents": LatentData}
-SAMPLES = {"text": Sample, "images": ImageSample}
+SAMPLES = {"text": Sample, "images": ImageSample, "diffusion": DiffusionSample}

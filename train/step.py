@@ -83,16 +83,17 @@ def make_train_step(task: Task, run: Run) -> Callable:
     return step
 
 
-def jit_step(step: Callable, shardings) -> Callable:
+def jit_step(step: Callable, shardings, unroll: bool) -> Callable:
     """`step` jitted with its state donated and given `shardings`.
 
-    On a GPU without CUDA graphs: a step of thousands of kernels keeps the device busy anyway, and
-    graphs of it ran 9% slower (AiM of 8 layers on an H200, jax 0.11.2: 42.3 against 38.4 ms).
+    With `unroll` (precision.unroll) a GPU runs it without CUDA graphs: its thousands of kernels
+    keep the device busy anyway, and graphs of them were 9% slower (AiM-XL on an H200, jax 0.11.2:
+    222 against 203 ms).
     """
     options = {"xla_gpu_graph_min_graph_size": 1_000_000}
     return jax.jit(
         step, donate_argnums=0, out_shardings=(shardings, None),
-        compiler_options=options if jax.default_backend() == "gpu" else None,
+        compiler_options=options if unroll and jax.default_backend() == "gpu" else None,
     )  # fmt: skip
 
 

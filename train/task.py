@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+from collections.abc import Hashable
 from typing import Any
 
 import jax
@@ -27,9 +28,11 @@ class Task(abc.ABC):
         run: the config.
         metric: name of the system's own metric, shown beside the loss.
         unit: what speed is counted in: "tokens" or "images".
+        mode: which of `modes` the functions of arrays compute in.
     """
 
     run: Run
+    mode: Hashable = None
 
     metric = "loss"
     unit = "images"
@@ -48,6 +51,19 @@ class Task(abc.ABC):
     def units_per_update(self) -> int:
         """Tokens or images of one update over all processes."""
         return self.run.batch_size
+
+    @property
+    def modes(self) -> dict[Hashable, float]:
+        """Modes of the training step and their shares of the updates; each is compiled once."""
+        return {None: 1.0}
+
+    def mode_at(self, step: int) -> Hashable:
+        """The mode of an update, on the host: a pure function of the config and the step."""
+        return None
+
+    def in_mode(self, mode: Hashable) -> Task:
+        """This task with its functions in another mode."""
+        return dataclasses.replace(self, mode=mode)
 
     def optimizer(self) -> optax.GradientTransformation:
         """Updates of the parameters from their gradients."""

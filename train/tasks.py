@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from ..model.nets.aim import AiMConfig
+from ..model.nets.dit import DiTConfig
 from ..model.nets.mamba_lm import MambaConfig
 from ..model.nets.transformer_vq import TransformerVQConfig
 from ..model.nets.vq_tokenizer import VQTokenizerConfig
 from .schema import Run
 from .task import Task
 from .task_codes import ClassCodesTask
+from .task_diffusion import DiffusionTask
 from .task_text import LanguageModelTask
 from .task_tokenizer import TokenizerTask
 
@@ -16,6 +18,7 @@ TASKS: dict[type, type[Task]] = {
     TransformerVQConfig: LanguageModelTask,
     MambaConfig: LanguageModelTask,
     AiMConfig: ClassCodesTask,
+    DiTConfig: DiffusionTask,
     VQTokenizerConfig: TokenizerTask,
 }
 

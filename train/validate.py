@@ -5,22 +5,32 @@ from __future__ import annotations
 import math
 
 from ..model.layers.image_coder import check_channels
-from ..model.nets import aim, mamba_lm
+from ..model.nets import aim, dit, mamba_lm
 from ..model.nets.aim import AiMConfig
+from ..model.nets.dit import DiTConfig
 from ..model.nets.mamba_lm import MambaConfig
 from ..model.nets.transformer_vq import TransformerVQConfig
 from ..model.nets.vq_tokenizer import VQTokenizerConfig
 from ..model.processes.adversarial import AdversarialReconstruction
 from ..model.processes.autoregressive import Autoregressive
+from ..model.processes.flow import FlowMatching
+from ..model.processes.gaussian import GaussianDiffusion
 from .config_files import KINDS, unknown_kind
 from .errors import UserError
 from .override import leaves, matches, nearest, type_name
-from .schema import CodeData, Data, ImageData, ImageSample, Run, Sample
+from .loaded_diffusion import make_sampler, solver_options
+from .schema import CodeData, Data, DiffusionSample, ImageData, ImageSample, Run, Sample
 from .task_tokenizer import check_perceptual
 
 _TEXT = {"data": Data, "process": Autoregressive, "sample": Sample}
 _IMAGES = {"sample": ImageSample}
+_DIFFUSION = {
+    "data": ImageData,
+    "process": (GaussianDiffusion, FlowMatching),
+    "sample": DiffusionSample,
+}
 GOES_WITH = {
+    DiTConfig: _DIFFUSION,
     TransformerVQConfig: _TEXT,
     MambaConfig: _TEXT,
     AiMConfig: _IMAGES | {"data": CodeData, "process": Autoregressive},
@@ -45,6 +55,7 @@ _CHOICES = {
     "process.gen_loss": ("hinge", "non_saturating"),
     "data.views": ("center", "flip", "ten"),
     "data.crop": ("random", "center"),
+    "sample.method": ("ddpm", "ddim", "dpm++2m", "euler", "heun", "sde"),
     "data.filter": ("lanczos", "bicubic", "nearest"),
     "data.images.filter": ("lanczos", "bicubic", "nearest"),
     "sample.schedule": ("constant", "linear", "cosine"),
@@ -59,7 +70,8 @@ _RANGES = (
         "sample.length sample.rows net.vocab_size net.d_model net.n_layer net.n_head net.d_k "
         "net.n_code net.block_len net.d_conv net.expand net.headdim net.ngroups net.chunk "
         "net.num_classes net.num_tokens net.num_groups net.ch net.num_res_blocks net.z_channels "
-        "net.codebook_size net.codebook_dim data.size data.images.size process.disc_features "
+        "net.codebook_size net.codebook_dim net.input_size net.patch_size net.in_channels net.n_head "
+        "sample.steps process.timesteps data.size data.images.size process.disc_features "
         "process.disc_layers",
     ),
     (
@@ -72,7 +84,7 @@ _RANGES = (
         "net.d_intermediate net.norm_epsilon net.position_offset process.reconstruction_weight "
         "process.perceptual_weight process.disc_weight process.disc_start process.codebook_weight "
         "process.commitment_weight process.entropy_weight sample.count sample.columns "
-        "eval.samples data.resize_max data.images.workers",
+        "eval.samples sample.eta sample.guidance_channels net.base_patch data.resize_max data.images.workers",
     ),
     (
         "in [0, 1)",
@@ -154,6 +166,8 @@ def _check_relations(run: Run) -> None:
                 mixer.sizes()
         except ValueError as error:
             raise UserError(f"net: {error}") from error
+    if isinstance(net, DiTConfig):
+        _check_diffusion(run)
     if isinstance(net, VQTokenizerConfig):
         try:
             check_channels(net)
@@ -168,14 +182,44 @@ def _check_relations(run: Run) -> None:
         _check_codes(run)
 
 
+def _check_diffusion(run: Run) -> None:
+    net, sample = run.net, run.sample
+    _divides("net.input_size", net.input_size, "net.patch_size", net.patch_size)
+    _divides("net.d_model", net.d_model, "net.n_head", net.n_head)
+    if net.d_model % 4:
+        raise UserError(
+            f"net.d_model={net.d_model} is not divisible by 4 (sines and cosines of rows and "
+            f"columns); set net.d_model={4 * max(1, round(net.d_model / 4))}"
+        )
+    try:
+        dit.make_mixer(net, parent=None)
+        make_sampler(dit.DiT(net), process=run.process, **solver_options(sample))
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    if isinstance(run.process, GaussianDiffusion):
+        if net.learn_sigma != run.process.learns_variance:
+            raise UserError(
+                f"process.variance={run.process.variance} and net.learn_sigma={net.learn_sigma} do "
+                f"not go together; set net.learn_sigma={str(not net.learn_sigma).lower()}"
+            )
+    if isinstance(run.data, ImageData) and (run.data.size, 3) != (net.input_size, net.in_channels):
+        raise UserError(
+            f"images have data.size={run.data.size} pixels and 3 channels, the net takes "
+            f"{net.input_size} and {net.in_channels}; set net.input_size={run.data.size} "
+            "net.in_channels=3"
+        )
+
+
 def _check_kinds(run: Run) -> None:
     """Each kind of net goes with one kind of data, process and samples."""
     expected = GOES_WITH[type(run.net)]
     for part, kind in expected.items():
         have = type(getattr(run, part))
-        if have is not kind:
+        kinds = kind if isinstance(kind, tuple) else (kind,)
+        if have not in kinds:
+            names = " or ".join(f"{k.__name__}(...)" for k in kinds)
             raise UserError(
-                f"a run of {type(run.net).__name__} needs {part}={kind.__name__}(...), it has "
+                f"a run of {type(run.net).__name__} needs {part}={names}, it has "
                 f"{have.__name__}; change the config file"
             )
 

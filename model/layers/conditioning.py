@@ -15,11 +15,12 @@ from __future__ import annotations
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from ...kernels_pallas.matmul import matmul
 from .mlp import uniform_fan_in
-from .norms import rms_normalise
+from .norms import layer_normalise, rms_normalise
 
 KINDS = ("adaln", "adaln_single", "adaln_group")
 
@@ -59,6 +60,31 @@ class ModulatedRMSNorm(nn.Module):
             return modulate(y, shift, scale).astype(self.dtype)
 
         return jax.checkpoint(apply, prevent_cse=False)(x, gain, shift, scale)
+
+
+def modulated_layer_norm(x: Array, shift: Array, scale: Array, epsilon: float, dtype) -> Array:
+    """layer_norm(x) (1 + scale) + shift in `dtype`, without gain and bias of its own.
+
+    Computed in at least float32 and anew in the backward pass, as in `ModulatedRMSNorm`; shift and
+    scale [.., d] broadcast against x [.., d].
+    """
+    apply = lambda x, shift, scale: modulate(layer_normalise(x, epsilon), shift, scale)
+    return jax.checkpoint(lambda *a: apply(*a).astype(dtype), prevent_cse=False)(x, shift, scale)
+
+
+def timestep_features(t: Array, width: int = 256) -> Array:
+    """[cos(t f_0) .., sin(t f_0) ..] with f_i = 10000^(-2i/w) (DiT, arXiv 2212.09748, section 3.2).
+
+    Args:
+        t: [B] int or float, in the units of the process. width: w, even.
+
+    Returns:
+        [B, w] in at least float32, the cosines first.
+    """
+    frequencies = 10000.0 ** (-np.arange(0, width, 2, dtype=np.float64) / width)
+    t = t.astype(jnp.promote_types(t.dtype, jnp.float32))
+    angles = t[:, None] * jnp.asarray(frequencies, t.dtype)
+    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
 
 def groups_of(kind: str, num_groups: int) -> int:

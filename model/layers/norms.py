@@ -20,6 +20,15 @@ def rms_normalise(x: Array, epsilon: float = 1e-6) -> Array:
     return x * lax.rsqrt(epsilon + jnp.mean(jnp.square(x), axis=-1, keepdims=True))
 
 
+def layer_normalise(x: Array, epsilon: float = 1e-6) -> Array:
+    """(x - mean(x)) / sqrt(var(x) + epsilon) over the last axis with the biased variance, in at
+    least float32 (returned in that dtype).
+    """
+    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    x = x - jnp.mean(x, axis=-1, keepdims=True)
+    return x * lax.rsqrt(epsilon + jnp.mean(jnp.square(x), axis=-1, keepdims=True))
+
+
 class RMSNorm(nn.Module):
     """RMS norm with optional gain (init 1) and bias (init 0); computed in float32, returned in x's
     dtype.

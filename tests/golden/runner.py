@@ -20,6 +20,8 @@ SYSTEMS = {
     "transformer_vq": "tests.golden.transformer_vq",
     "ssm": "tests.golden.ssm",
     "aim": "tests.golden.aim",
+    "flexidit": "tests.golden.flexidit",
+    "dit": "tests.golden.dit",
 }
 
 Adapter = Callable[[Report], None]

@@ -46,12 +46,8 @@ def image_figures(loaded, run: Run, split: str, seed: int = 0) -> dict[str, Any]
         return evaluate_reconstruction(_pairs(loaded, run, split), inception=inception)
     reference = read_reference(run.eval.reference) if run.eval.reference else None
     uniform = row_uniforms(seed, 0, np.arange(run.eval.samples), 1)[:, 0]
-    classes = [pick(u, run.net.num_classes) for u in uniform]
-    s = run.sample
-    images = loaded.stream(
-        classes, seed=seed, guidance=s.guidance, schedule=s.schedule,
-        temperature=s.temperature, top_k=s.top_k, top_p=s.top_p, rows=s.rows,
-    )  # fmt: skip
+    classes = [pick(u, loaded.num_classes) for u in uniform]
+    images = loaded.stream(classes, seed=seed, **loaded.settings(run.sample))
     return evaluate_generation(
         images, inception=inception, reference=reference, num_images=run.eval.samples
     )

@@ -1,0 +1,110 @@
+"""Attention of every token to every token, or to the tokens of a context."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from ..partition import constrain
+
+FUSED_HEAD_DIM = 128  # cuDNN takes multiples of 8 up to this
+
+
+class FullAttention(nn.Module):
+    """softmax(q k^T / sqrt(K)) v without causality or position bias (arXiv 1706.03762, 3.2).
+
+    Parameters: `qkv` [d, 3 d] (thirds q, k and v, heads inside each), or `q` [d, d] and `kv`
+    [d_context, 2 d] where a context is given, and `proj` [d, d]; all with biases. Xavier-uniform.
+
+    Attributes:
+        features: width d of the input and output.
+        num_heads: H; K = d / H.
+        dtype: of the matmuls; the softmax is float32.
+    """
+
+    features: int
+    num_heads: int
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Array,
+        *,
+        context: Array | None = None,
+        context_mask: Array | None = None,
+        positions: None = None,
+        mask: Array | None = None,
+        segment_ids: Array | None = None,
+    ) -> tuple[Array, dict[str, Any]]:
+        """Mix whole rows.
+
+        Args:
+            x: [B, T, d].
+            context: [B, S, d_context]: the tokens that are attended to, instead of x.
+            context_mask: [B, S] valid tokens of the context.
+            positions: of the mixer contract; this mixer takes none.
+            mask: [B, T] valid tokens. No token attends to the others, whose outputs mean nothing.
+            segment_ids: [B, T] document ids; tokens attend within their document. Not for contexts.
+
+        Returns:
+            y [B, T, d] in `dtype`, and {} (no auxiliary losses).
+
+        Raises:
+            ValueError: positions are given, the context's arguments do not belong together, or
+                num_heads does not divide the width.
+        """
+        if positions is not None:
+            raise ValueError("FullAttention has no positions: add them to its input")
+        if context is None and context_mask is not None:
+            raise ValueError("context_mask without a context")
+        if context is not None and segment_ids is not None:
+            raise ValueError("segment_ids say nothing about a context; give a context_mask")
+        if self.features % self.num_heads:
+            raise ValueError(f"num_heads={self.num_heads} does not divide width={self.features}")
+        x = constrain(_valid(x, mask), "batch", "seq", None)
+        if context is None:
+            q, k, v = self._split(self._dense(3, "qkv")(x))
+            allowed = None if mask is None else (mask != 0)[:, None, None, :]
+            if segment_ids is not None:
+                same = (segment_ids[:, :, None] == segment_ids[:, None, :])[:, None]
+                allowed = same if allowed is None else same & allowed
+        else:
+            (q,) = self._split(self._dense(1, "q")(x))
+            k, v = self._split(self._dense(2, "kv")(_valid(context, context_mask)))
+            allowed = None if context_mask is None else (context_mask != 0)[:, None, None, :]
+        y = jax.nn.dot_product_attention(
+            q, k, v, mask=allowed, implementation="cudnn" if _fused(q, k) else "xla"
+        )
+        y = constrain(y, "batch", "seq", "heads", None).reshape(x.shape)
+        y = self._dense(1, "proj")(y.astype(self.dtype))
+        return constrain(y, "batch", "seq", None), {}
+
+    def _dense(self, parts: int, name: str) -> nn.Dense:
+        init = nn.initializers.xavier_uniform()
+        return nn.Dense(parts * self.features, kernel_init=init, dtype=self.dtype, name=name)
+
+    def _split(self, x: Array) -> list[Array]:
+        """[B, T, n d] as n arrays [B, T, H, K]."""
+        head_dim = self.features // self.num_heads
+        x = x.reshape(*x.shape[:2], -1, self.num_heads, head_dim)
+        part = lambda i: constrain(x[:, :, i], "batch", "seq", "heads", None)
+        return [part(i) for i in range(x.shape[2])]
+
+
+def _valid(x: Array, mask: Array | None) -> Array:
+    """x with zeros for padding, by selection: its values would reach sums even with weight 0."""
+    return x if mask is None else jnp.where((mask != 0)[..., None], x, 0)
+
+
+def _fused(q: Array, k: Array) -> bool:
+    """Whether cuDNN's kernels take the operands: 16 bit and, for the gradients, even lengths."""
+    half = q.dtype in (jnp.bfloat16, jnp.float16)
+    head_dim = q.shape[-1]
+    even = q.shape[1] % 2 == 0 and k.shape[1] % 2 == 0
+    fits = head_dim % 8 == 0 and head_dim <= FUSED_HEAD_DIM
+    return jax.default_backend() == "gpu" and half and even and fits

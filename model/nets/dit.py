@@ -1,0 +1,313 @@
+"""DiT: a transformer over the patches of a noisy image, by time and class (arXiv 2212.09748).
+
+The same net serves diffusion (t counts steps, as the process was defined: 0..999) and flow matching
+(SiT, arXiv 2401.08740: t in [0, 1], as it is).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from ...kernels_pallas.matmul import matmul
+from ..layers.conditioning import (
+    ModulationHead,
+    gated_add,
+    modulated_layer_norm,
+    timestep_features,
+)
+from ..layers.patches import patchify, unpatchify
+from ..layers.positions import sincos_positions
+from ..mixers.bidirectional import Bidirectional
+from ..mixers.full_attention import FullAttention
+from ..partition import constrain
+from . import mamba_lm
+
+EPSILON = 1e-6  # of the layer norms
+TIME_FEATURES = 256
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DiTConfig:
+    """DiT; the defaults are DiT-XL/2 for 256 x 256 images.
+
+    Attributes:
+        input_size: side of the (latent) image. in_channels: C.
+        patch_size: p, which divides input_size.
+        base_patch: the patch in whose units positions count; 0 means patch_size.
+        d_model: residual width D. n_layer: blocks. n_head: heads of the attention.
+        mlp_ratio: hidden width of the MLP in units of D.
+        num_classes: K; class id K is the null class, for guidance.
+        class_dropout: probability that a row trains on the null class; 0: there is no null class.
+        learn_sigma: twice as many output channels: the second half for the variance.
+        mixer: "attention", or the sum of both directions of "mamba2" or "mamba1".
+        d_state, d_conv, .., chunk, use_bias, conv_bias: of Mamba mixers, as in `MambaConfig`.
+        residual_in_fp32: keep the residual stream in float32 whatever the compute dtype.
+    """
+
+    input_size: int = 32
+    patch_size: int = 2
+    base_patch: int = 0
+    in_channels: int = 4
+    d_model: int = 1152
+    n_layer: int = 28
+    n_head: int = 16
+    mlp_ratio: float = 4.0
+    num_classes: int = 1000
+    class_dropout: float = 0.1
+    learn_sigma: bool = True
+    mixer: str = "attention"
+    d_state: int = 0
+    d_conv: int = 4
+    expand: int = 2
+    dt_rank: int = 0
+    headdim: int = 64
+    ngroups: int = 1
+    d_ssm: int = 0
+    rmsnorm: bool = True
+    norm_before_gate: bool = False
+    D_has_hdim: bool = False
+    dt_limit: tuple[float, ...] = ()
+    chunk: int = 128
+    use_bias: bool = False
+    conv_bias: bool = True
+    residual_in_fp32: bool = True
+
+    @property
+    def out_channels(self) -> int:
+        """Channels of the output: C, or 2 C with learn_sigma."""
+        return (1 + self.learn_sigma) * self.in_channels
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Tokens per column and row.
+
+        Raises:
+            ValueError: patch_size does not divide input_size.
+        """
+        if self.patch_size < 1 or self.input_size % self.patch_size:
+            raise ValueError(
+                f"patch_size={self.patch_size} does not divide input_size={self.input_size}"
+            )
+        return (self.input_size // self.patch_size,) * 2
+
+    @property
+    def tokens(self) -> int:
+        """T, tokens of an image."""
+        return self.grid[0] * self.grid[1]
+
+    @property
+    def d_intermediate(self) -> int:
+        """Hidden width of the MLP."""
+        return int(self.mlp_ratio * self.d_model)
+
+
+def make_mixer(config: DiTConfig, dtype=jnp.float32, **module):
+    """The mixer of a config; `module` goes to the Flax module (name, parent).
+
+    Raises:
+        ValueError: an unknown kind of mixer.
+    """
+    if config.mixer == "attention":
+        return FullAttention(config.d_model, config.n_head, dtype, **module)
+    if config.mixer not in ("mamba1", "mamba2"):
+        raise ValueError(f"mixer={config.mixer!r}; choose attention, mamba2 or mamba1")
+    return Bidirectional(mamba_lm.make_mixer(config, dtype, parent=None), **module)
+
+
+def position_table(config: DiTConfig):
+    """The net's position table [T, D] float64 (numpy): a constant, not a parameter."""
+    scale = config.patch_size / (config.base_patch or config.patch_size)
+    return sincos_positions(config.d_model, config.grid, scale=scale)
+
+
+class TimeEmbedder(nn.Module):
+    """W2 silu(W1 features(t)) with biases, in at least float32."""
+
+    features: int
+
+    @nn.compact
+    def __call__(self, t: Array) -> Array:
+        """[B, features] of t [B]."""
+        dense = lambda name: nn.Dense(
+            self.features, kernel_init=nn.initializers.normal(0.02), name=name
+        )
+        h = timestep_features(t, TIME_FEATURES)
+        self.sow("intermediates", "features", h)
+        return dense("fc2")(nn.silu(dense("fc1")(h)))
+
+
+class Mlp(nn.Module):
+    """W2 gelu(W1 x) with biases; the GELU is the tanh form, in at least float32."""
+
+    hidden: int
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """[B, T, d] in `dtype`."""
+        dense = lambda n, name: nn.Dense(
+            n, kernel_init=nn.initializers.xavier_uniform(), dtype=self.dtype, name=name
+        )
+        h = constrain(dense(self.hidden, "fc1")(x), "batch", "seq", "features")
+        return dense(x.shape[-1], "fc2")(_gelu(h))
+
+
+def _gelu(x):
+    def gelu(x):
+        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        return nn.gelu(wide, approximate=True).astype(x.dtype)
+
+    # Else the backward pass would keep what lies between, several times x.
+    return jax.checkpoint(gelu, prevent_cse=False)(x)
+
+
+class Block(nn.Module):
+    """r + gate1 mixer(norm(r) (1 + scale1) + shift1), then the same with an MLP (adaLN-Zero)."""
+
+    config: DiTConfig
+    dtype: jnp.dtype
+
+    def setup(self):
+        c = self.config
+        self.modulation = ModulationHead(6)  # float32: few rows, and it scales all tokens
+        name = "attn" if c.mixer == "attention" else "mixer"
+        setattr(self, name, make_mixer(c, self.dtype))
+        self.mlp = Mlp(c.d_intermediate, self.dtype)
+
+    def conditioning(self, c: Array, _):
+        """c [B, D] as it is, and the block's vectors [6, B, D]. In scan form."""
+        return c, constrain(self.modulation(c), None, "batch", None)
+
+    def __call__(self, r: Array, vectors: Array):
+        """New residual stream [B, T, D] (and None), from vectors [6, B, D]. In scan form."""
+        # Each is said to follow the rows: left to itself XLA's partitioner takes rows of other
+        # devices for some of them on meshes of data, fsdp and tensor (jax 0.10 to 0.12).
+        by_row = lambda v: constrain(v[:, None], "batch", None, None)
+        shift1, scale1, gate1, shift2, scale2, gate2 = (by_row(v) for v in vectors)
+        mixer = self.attn if self.config.mixer == "attention" else self.mixer
+
+        y, _ = mixer(modulated_layer_norm(r, shift1, scale1, EPSILON, self.dtype))
+        self.sow("intermediates", "mixed", y)
+        r = constrain(gated_add(r, gate1.astype(r.dtype), y), "batch", "seq", None)
+        y = self.mlp(modulated_layer_norm(r, shift2, scale2, EPSILON, self.dtype))
+        self.sow("intermediates", "mlp_out", y)
+        r = constrain(gated_add(r, gate2.astype(r.dtype), y), "batch", "seq", None)
+        self.sow("intermediates", "out", r)
+        return r, None
+
+
+class Final(nn.Module):
+    """W (norm(r) (1 + scale) + shift) + b in at least float32; all of it starts at zero."""
+
+    features: int
+
+    @nn.compact
+    def __call__(self, r: Array, c: Array) -> Array:
+        """[B, T, features] from the residual stream [B, T, D] and the condition [B, D]."""
+        vectors = ModulationHead(2, name="modulation")(c)
+        shift, scale = (constrain(v[:, None], "batch", None, None) for v in vectors)
+        wide = jnp.promote_types(r.dtype, jnp.float32)
+        h = modulated_layer_norm(r, shift, scale, EPSILON, wide)
+        zeros = nn.initializers.zeros
+        kernel = self.param("kernel", zeros, (r.shape[-1], self.features))
+        return matmul("btd,dk->btk", h, kernel) + self.param("bias", zeros, (self.features,))
+
+
+class DiT(nn.Module):
+    """Prediction for a noisy image; parameters of all blocks are stacked on axis 0.
+
+    The collection "intermediates", if asked for, holds what the blocks make.
+
+    Attributes:
+        config: sizes and switches.
+        dtype: of the blocks' matmuls. Embeddings, modulation, statistics of the norms and the last
+            layer are float32.
+        remat: "none", "full" or "dots": what the backward pass recomputes per block.
+        unroll: compile every block on its own instead of one in a loop: faster, and slower to
+            compile.
+    """
+
+    config: DiTConfig
+    dtype: jnp.dtype = jnp.float32
+    remat: str = "none"
+    unroll: bool = False
+
+    def setup(self):
+        c = self.config
+        block = Block
+        if self.remat != "none":
+            policy = mamba_lm.REMAT_POLICIES[self.remat]
+            block = nn.remat(Block, prevent_cse=False, policy=policy)
+        self.blocks = nn.scan(
+            block,
+            variable_axes={"params": 0, "intermediates": 0},
+            split_rngs={"params": True},
+            in_axes=0,
+            length=c.n_layer,
+            unroll=c.n_layer if self.unroll else 1,
+            methods=["__call__", "conditioning"],
+        )(c, self.dtype)
+        self.x_embedder = nn.Dense(c.d_model, kernel_init=nn.initializers.xavier_uniform())
+        self.t_embedder = TimeEmbedder(c.d_model)
+        self.y_embedder = nn.Embed(
+            c.num_classes + (c.class_dropout > 0), c.d_model,
+            embedding_init=nn.initializers.normal(0.02),
+        )  # fmt: skip
+        self.final = Final(c.patch_size**2 * c.out_channels)
+
+    def __call__(
+        self, x: Array, t: Array, labels: Array, *, drop: Array | None = None
+    ) -> tuple[Array, dict]:
+        """What the process asks for (noise, velocity, ..) at every pixel.
+
+        Args:
+            x: [B, input_size, input_size, C] noisy images.
+            t: [B] int or float time, in the units the net is trained with.
+            labels: [B] int32 class ids in 0..num_classes (the null class).
+            drop: [B] bool: rows to take the null class, whatever their label. None: each row with
+                probability class_dropout if an rng "dropout" is given, else none.
+
+        Returns:
+            [B, input_size, input_size, out_channels] float32, and {} (no auxiliary losses).
+
+        Raises:
+            ValueError: images of another shape, or `drop` for a net without a null class.
+        """
+        c, grid = self.config, self.config.grid
+        if x.shape[1:] != (c.input_size, c.input_size, c.in_channels):
+            raise ValueError(
+                f"images of shape {x.shape[1:]}; the net has input_size={c.input_size} and "
+                f"in_channels={c.in_channels}"
+            )
+        patches = patchify(x.astype(jnp.promote_types(x.dtype, jnp.float32)), c.patch_size)
+        r = self.x_embedder(patches)
+        self.sow("intermediates", "patches", r)
+        r = r + jnp.asarray(position_table(c), r.dtype)
+        r = r.astype(r.dtype if c.residual_in_fp32 else self.dtype)
+        r = constrain(r, "batch", "seq", None)
+        condition = constrain(self.condition(t, labels, drop=drop), "batch", None)
+        _, vectors = self.blocks.conditioning(condition, None)
+        r, _ = self.blocks(r, vectors)
+        tokens = constrain(self.final(r, condition), "batch", "seq", None)
+        self.sow("intermediates", "tokens", tokens)
+        out = unpatchify(tokens, c.patch_size, grid)
+        return constrain(out, "batch", None, None, None), {}
+
+    def condition(self, t: Array, labels: Array, *, drop: Array | None = None) -> Array:
+        """[B, D]: what time and class contribute; arguments as of the call."""
+        c = self.config
+        if drop is not None and not c.class_dropout:
+            raise ValueError("class_dropout=0: the net has no null class to drop labels to")
+        if drop is None and c.class_dropout and self.has_rng("dropout"):
+            drop = jax.random.bernoulli(self.make_rng("dropout"), c.class_dropout, labels.shape)
+        if drop is not None:
+            labels = jnp.where(drop, c.num_classes, labels)
+        time, label = self.t_embedder(t), self.y_embedder(labels)
+        self.sow("intermediates", "time", time)
+        self.sow("intermediates", "label", label)
+        return time + label

@@ -1,0 +1,365 @@
+"""FlexiDiT: one DiT that takes its images in patches of several sizes (arXiv 2502.20126).
+
+A *mode* is a patch size. In every mode the net is a plain `DiT` with that patch and effective
+parameters, pure functions of one tree:
+
+    config = FlexiDiTConfig(base=DiTConfig(patch_size=2, ..), patch_sizes=(2, 4))
+    params = flexify(config, dit_params, jax.random.key(0))
+    net = DiT(mode_config(config, 4))
+    out, _ = net.apply({"params": mode_params(config, params, 4)}, x, t, labels)
+
+The mode of the base's own patch p0 is the net as it was trained. Trees:
+
+    shared: those of a DiT of the underlying patch, and patch_size_embed/p4 [D] of every other mode
+    lora:   base/ (the DiT, frozen), and for every other mode modes/p4/: x_embedder, final,
+            patch_size_embed [D], lora/<target>/{A [L, in, r], B [L, r, out]}
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from ..layers.flexible import (
+    METHODS,
+    lift_deembedding,
+    lift_embedding,
+    resize_deembedding,
+    resize_embedding,
+)
+from ..partition import path_string
+from ..sampling.budget import dit_flops
+from .dit import DiT, DiTConfig
+
+VARIANTS = ("shared", "lora")
+TARGETS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
+Params = Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FlexiDiTConfig:
+    """A DiT and the patch sizes it takes.
+
+    Attributes:
+        base: the DiT; its patch_size p0 is one of the modes.
+        patch_sizes: of all modes; each divides the base's input_size.
+        variant: "shared": all modes train the same weights. "lora": the base is frozen, every other
+            mode has embeddings of its own and adapters of low rank on the blocks.
+        underlying: patch p* at which the weights of "shared" are kept; 0: the largest.
+        resize: "area" or "bilinear", how patches of one size become those of another.
+        rank, alpha: of the adapters of "lora": W + alpha / rank A B.
+        targets: kernels of a block that have adapters, by path.
+    """
+
+    base: DiTConfig = DiTConfig()
+    patch_sizes: tuple[int, ...] = (2, 4)
+    variant: str = "shared"
+    underlying: int = 0
+    resize: str = "area"
+    rank: int = 64
+    alpha: float = 64.0
+    targets: tuple[str, ...] = TARGETS
+
+    @property
+    def star(self) -> int:
+        """p*, the underlying patch of the shared variant."""
+        return self.underlying or max(self.patch_sizes)
+
+    @property
+    def powerful(self) -> int:
+        """p0, the mode of the base."""
+        return self.base.patch_size
+
+    @property
+    def weak(self) -> int:
+        """The cheapest mode: that of the largest patch."""
+        return max(self.patch_sizes)
+
+    @property
+    def others(self) -> tuple[int, ...]:
+        """All modes but that of the base, the smallest patch first."""
+        return tuple(sorted(p for p in self.patch_sizes if p != self.base.patch_size))
+
+
+def check_config(config: FlexiDiTConfig) -> None:
+    """Raises ValueError, with the numbers, for modes that cannot be had."""
+    base, sizes = config.base, config.patch_sizes
+    if config.variant not in VARIANTS:
+        raise ValueError(f"variant={config.variant!r}; choose one of {', '.join(VARIANTS)}")
+    if config.resize not in METHODS:
+        raise ValueError(f"resize={config.resize!r}; choose one of {', '.join(METHODS)}")
+    if base.patch_size not in sizes:
+        raise ValueError(
+            f"patch_sizes={sizes} lack {base.patch_size}, the patch size of the base; add it"
+        )
+    if len(set(sizes)) != len(sizes) or min(sizes) < 1:
+        raise ValueError(f"patch_sizes={sizes}: each is a whole number and named once")
+    for p in sizes:
+        if base.input_size % p:
+            fit = [n for n in range(1, base.input_size + 1) if base.input_size % n == 0]
+            raise ValueError(
+                f"patch size {p} does not divide input_size={base.input_size}; "
+                f"{', '.join(map(str, fit))} do"
+            )
+    if config.variant == "shared" and (config.star < max(sizes) or base.input_size % config.star):
+        raise ValueError(
+            f"underlying={config.star}: it is at least the largest patch size {max(sizes)} and "
+            f"divides input_size={base.input_size}"
+        )
+    if config.variant == "lora" and (config.rank < 1 or not config.targets):
+        raise ValueError(f"rank={config.rank}, targets={config.targets}: adapters need both")
+
+
+# ---------------------------------------------------------------- modes
+
+
+def mode_config(config: FlexiDiTConfig, patch: int) -> DiTConfig:
+    """The DiT of a mode: the base with another patch, positions counted in patches of the base.
+
+    Raises:
+        ValueError: there is no such mode, or `check_config`.
+    """
+    check_config(config)
+    if patch not in config.patch_sizes:
+        modes = ", ".join(map(str, sorted(config.patch_sizes)))
+        raise ValueError(f"no mode of patch size {patch}; there are {modes}")
+    return _with_patch(config, patch)
+
+
+def _with_patch(config: FlexiDiTConfig, patch: int) -> DiTConfig:
+    base = config.base
+    return dataclasses.replace(
+        base, patch_size=patch, base_patch=base.base_patch or base.patch_size
+    )
+
+
+def mode_params(config: FlexiDiTConfig, params: Params, patch: int) -> dict[str, Any]:
+    """Parameters of the DiT of a mode, for training inside jit and grad, or once for inference.
+
+    The patch-size embedding s_p is part of the embedding's bias: adding it to every token is the
+    same. Adapters are merged. With "lora" no gradient reaches the base, and the base's own mode is
+    the base, bit for bit.
+
+    Args:
+        params: tree of the whole FlexiDiT. patch: the mode.
+
+    Raises:
+        ValueError: as `mode_config`.
+    """
+    mode_config(config, patch)
+    at_base, key = patch == config.base.patch_size, _key(patch)
+    if config.variant == "lora":
+        base = jax.tree.map(lax.stop_gradient, dict(params["base"]))
+        if at_base:
+            return base
+        own = params["modes"][key]
+        embed, out = own["x_embedder"], own["final"]
+        blocks = merge_lora(config, base["blocks"], own["lora"])
+        shift = own["patch_size_embed"]
+    else:
+        base = {name: tree for name, tree in params.items() if name != "patch_size_embed"}
+        embed, out, blocks = base["x_embedder"], base["final"], base["blocks"]
+        resize = ((config.star,) * 2, (patch,) * 2, config.resize)
+        embed = {**embed, "kernel": resize_embedding(embed["kernel"], *resize)}
+        out = {n: resize_deembedding(out[n], *resize) for n in ("kernel", "bias")}
+        shift = None if at_base else params["patch_size_embed"][key]
+    if shift is not None:
+        embed = {**embed, "bias": embed["bias"] + shift}
+    return {
+        **base,
+        "x_embedder": embed,
+        "blocks": blocks,
+        "final": {**base["final"], "kernel": out["kernel"], "bias": out["bias"]},
+    }
+
+
+def materialise(
+    config: FlexiDiTConfig, params: Params, patches: Sequence[int] = ()
+) -> dict[int, dict[str, Any]]:
+    """{"patch": parameters} of several modes (all of them for ()), for `flexible_denoiser`.
+
+    What modes share is not copied when this runs outside jit.
+    """
+    return {p: mode_params(config, params, p) for p in patches or config.patch_sizes}
+
+
+def flexible_denoiser(config: FlexiDiTConfig, **options) -> Callable[..., Array]:
+    """denoise(modes, x, t, labels, mode) -> out, as samplers with a mode per segment take it.
+
+    `modes` is what `materialise` gives; mode None is that of the base.
+
+    Args:
+        options: of `DiT`: dtype, remat, unroll.
+    """
+    nets = {p: DiT(mode_config(config, p), **options) for p in config.patch_sizes}
+
+    def denoise(modes, x, t, labels, mode=None):
+        mode = mode or config.powerful
+        if mode not in nets or mode not in modes:
+            raise ValueError(f"no mode of patch size {mode}; there are {sorted(modes)}")
+        return nets[mode].apply({"params": modes[mode]}, x, t, labels)[0]
+
+    return denoise
+
+
+def mode_flops(config: FlexiDiTConfig) -> dict[int, float]:
+    """{patch: multiply-adds of one image's forward pass} of every mode; see `dit_flops`."""
+    return {p: dit_flops(mode_config(config, p)) for p in sorted(config.patch_sizes)}
+
+
+def flops(config: FlexiDiTConfig | DiTConfig, patch: int | None = None) -> float:
+    """Multiply-adds of one image's forward pass in mode `patch` (the base's if None)."""
+    if isinstance(config, DiTConfig):
+        return dit_flops(config, patch)
+    return dit_flops(mode_config(config, patch or config.powerful))
+
+
+# ---------------------------------------------------------------- making one out of a DiT
+
+
+def flexify(config: FlexiDiTConfig, dit_params: Params, key: Array) -> dict[str, Any]:
+    """The tree of a FlexiDiT from a trained DiT, which its mode p0 reproduces: to rounding with
+    "shared", bit for bit with "lora".
+
+    Weights at the underlying patch are the pseudo-inverses of the projections to p0, applied to the
+    base's; patch-size embeddings and the adapters' B start at zero, their A uniformly in
+    +-1/sqrt(in) (Kaiming, as in LoRA, arXiv 2106.09685).
+
+    Args:
+        dit_params: of a DiT of `config.base`. key: for A.
+
+    Raises:
+        ValueError: `check_config`, other parameters than the base's, or no such targets.
+    """
+    check_config(config)
+    base, p0 = config.base, config.base.patch_size
+    wanted = (base.patch_size**2 * base.in_channels, base.d_model)
+    if tuple(dit_params["x_embedder"]["kernel"].shape) != wanted:
+        raise ValueError(
+            f"the DiT's patch embedding has shape {dit_params['x_embedder']['kernel'].shape}, "
+            f"base.patch_size={p0} needs {wanted}"
+        )
+    zeros = jnp.zeros((base.d_model,), dit_params["x_embedder"]["bias"].dtype)
+    if config.variant == "shared":
+        embed, out = _lifted(config, dit_params, config.star, p0)
+        shifts = {_key(p): zeros for p in config.others}
+        return {**dit_params, "x_embedder": embed, "final": out} | (
+            {"patch_size_embed": shifts} if shifts else {}
+        )
+    modes = {}
+    for p in config.others:
+        # Straight to the mode's own patch, through the larger of both.
+        embed, out = _lifted(config, dit_params, max(p, p0), p0)
+        resize = ((max(p, p0),) * 2, (p,) * 2, config.resize)
+        out = {n: resize_deembedding(out[n], *resize) for n in ("kernel", "bias")}
+        modes[_key(p)] = {
+            "x_embedder": {
+                "kernel": resize_embedding(embed["kernel"], *resize),
+                "bias": embed["bias"],
+            },
+            "final": out,
+            "patch_size_embed": zeros,
+            "lora": _new_adapters(config, dit_params["blocks"], jax.random.fold_in(key, p)),
+        }
+    return {"base": dict(dit_params), "modes": modes}
+
+
+def init_params(config: FlexiDiTConfig, key: Array) -> dict[str, Any]:
+    """A FlexiDiT from a DiT that has learned nothing: shapes and names of the tree."""
+    base = config.base
+    x = jnp.zeros((1, base.input_size, base.input_size, base.in_channels))
+    one = jnp.zeros((1,), jnp.int32)
+    variables = DiT(base).init({"params": key}, x, one, one)
+    return flexify(config, variables["params"], jax.random.fold_in(key, 1))
+
+
+def _lifted(config, params, star: int, p0: int) -> tuple[dict, dict]:
+    """Embedding and final layer at patch `star` that project to those of `params` at p0."""
+    resize = ((star,) * 2, (p0,) * 2, config.resize)
+    embed, out = dict(params["x_embedder"]), dict(params["final"])
+    embed["kernel"] = lift_embedding(embed["kernel"], *resize)
+    for name in ("kernel", "bias"):
+        out[name] = lift_deembedding(out[name], *resize)
+    return embed, out
+
+
+def _key(patch: int) -> str:
+    return f"p{patch}"
+
+
+# ---------------------------------------------------------------- adapters
+
+
+def merge_lora(config: FlexiDiTConfig, blocks: Params, lora: Params) -> dict[str, Any]:
+    """Blocks [L, ..] with W + alpha / rank A B in place of W for every target; the others as they
+    are. A net of merged blocks computes x W + alpha / rank (x A) B."""
+    return _add_lora(config, blocks, lora, config.alpha / config.rank)
+
+
+def unmerge_lora(config: FlexiDiTConfig, blocks: Params, lora: Params) -> dict[str, Any]:
+    """The base's blocks out of merged ones: inverse of `merge_lora`, to rounding."""
+    return _add_lora(config, blocks, lora, -config.alpha / config.rank)
+
+
+def _add_lora(config, blocks, lora, scale: float):
+    for target in config.targets:
+        pair = _at(lora, target)
+        product = jnp.einsum("lir,lro->lio", pair["A"], pair["B"], precision=lax.Precision.HIGHEST)
+        kernel = _at(blocks, target)["kernel"]
+        blocks = _replaced(blocks, target, {"kernel": kernel + scale * product})
+    return dict(blocks)
+
+
+def _new_adapters(config: FlexiDiTConfig, blocks: Params, key: Array) -> dict[str, Any]:
+    """A drawn, B zero, for every target.
+
+    Raises:
+        ValueError: a target that is no kernel [L, in, out] of the blocks.
+    """
+    lora: dict[str, Any] = {}
+    leaves = jax.tree_util.tree_leaves_with_path(blocks)
+    kernels = {path_string(path): a for path, a in leaves}
+    kernels = {n[: -len("/kernel")].replace("/", "."): a for n, a in kernels.items()
+               if n.endswith("/kernel") and a.ndim == 3}  # fmt: skip
+    for number, target in enumerate(config.targets):
+        if target not in kernels:
+            raise ValueError(f"no kernel {target} in a block; there are {', '.join(kernels)}")
+        kernel = kernels[target]
+        layers, width, out = kernel.shape
+        bound = 1 / math.sqrt(width)
+        shape, own = (layers, width, config.rank), jax.random.fold_in(key, number)
+        a = jax.random.uniform(own, shape, kernel.dtype, minval=-bound, maxval=bound)
+        pair = {"A": a, "B": jnp.zeros((layers, config.rank, out), kernel.dtype)}
+        lora = _replaced(lora, target, pair)
+    return lora
+
+
+def _at(tree: Params, path: str) -> Any:
+    for name in path.split("."):
+        tree = tree[name]
+    return tree
+
+
+def _replaced(tree: Params, path: str, leaves: Mapping[str, Any]) -> dict[str, Any]:
+    """`tree` with `leaves` put into the mapping at `path`, which is made if it is not there."""
+    head, _, rest = path.partition(".")
+    inner = tree.get(head, {})
+    new = _replaced(inner, rest, leaves) if rest else {**inner, **leaves}
+    return {**tree, head: new}
+
+
+def trainable(config: FlexiDiTConfig, params: Params) -> dict[str, Any]:
+    """A tree of bools like `params`: which parameters learn, for optax.masked or partition.
+
+    All of them in the shared variant; with "lora" what is under "modes".
+    """
+    frozen = {"base"} if config.variant == "lora" else set()
+    return {
+        name: jax.tree.map(lambda _, n=name: n not in frozen, tree) for name, tree in params.items()
+    }

@@ -1,0 +1,295 @@
+"""Compute budgets of a sampler whose patch size changes from step to step (arXiv 2502.20126).
+
+    costs = mode_flops(config)                           # {2: 118.6e9, 4: 29.0e9}
+    levels = by_budget(250, 0.6, costs, weak=4, powerful=2)
+    segments = with_guidance(levels, "cfg", powerful=2, weak=4)
+    trajectory_flops(segments, costs, powerful=2)
+
+`plan` does both for whichever way a schedule is given.
+
+A level is (patch size, steps); levels are in the order of the steps, the noisiest first, where the
+predictions of weak (large patch, cheap) and powerful modes differ least.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+from .diffusion import Segment
+
+Levels = tuple[tuple[int, int], ...]
+GUIDANCE = ("cfg", "weak_uncond", "weak_cond", "none")
+TIME_FEATURES = 256
+
+
+def dit_flops(config, patch: int | None = None) -> float:
+    """Multiply-adds of one forward pass of one image, the unit of the "Gflops" of DiT's table.
+
+    N = (I/p)^2 tokens; L ((4 + 2 m) N D^2 + 2 N^2 D + 6 D^2) in blocks (projections and MLP of
+    ratio m, scores and values, modulation), N p^2 C D and N p^2 C_out D + 2 D^2 at the ends,
+    256 D + D^2 for the timestep. DiT-XL/2 at 256^2: 118.62e9.
+
+    Args:
+        config: `DiTConfig` with attention. patch: p, if not the config's.
+
+    Raises:
+        ValueError: another mixer, whose operations this formula does not count.
+    """
+    if config.mixer != "attention":
+        raise ValueError(
+            f"mixer={config.mixer}: the formula counts attention; count the traced network instead"
+        )
+    p = patch or config.patch_size
+    n, d = (config.input_size // p) ** 2, config.d_model
+    block = (4 + 2 * config.mlp_ratio) * n * d * d + 2 * n * n * d + 6 * d * d
+    ends = n * p * p * (config.in_channels + config.out_channels) * d + 2 * d * d
+    return config.n_layer * block + ends + TIME_FEATURES * d + d * d
+
+
+# ---------------------------------------------------------------- which mode at which step
+
+
+def by_weak_steps(steps: int, weak_steps: int, *, weak: int, powerful: int) -> Levels:
+    """The first `weak_steps` of `steps` in the weak mode, the rest in the powerful one.
+
+    Raises:
+        ValueError: `weak_steps` is not in 0..steps.
+    """
+    if steps < 1 or not 0 <= weak_steps <= steps:
+        raise ValueError(
+            f"{weak_steps} weak steps of {steps}; there can be 0 to {max(steps, 0)} of them"
+        )
+    return _levels([(weak, weak_steps), (powerful, steps - weak_steps)])
+
+
+def by_budget(
+    steps: int,
+    budget: float,
+    costs: Mapping[int, float],
+    *,
+    weak: int,
+    powerful: int,
+    guidance: str = "cfg",
+) -> Levels:
+    """As many weak steps as bring a trajectory to `budget` of what it costs without them.
+
+    The cost without them is that of powerful predictions throughout, guiding ones included. With
+    the weak mode's share r of the powerful mode's cost and guidance "cfg" or "none", the number is
+    round(K (1 - b) / (1 - r)); a guide of the weak mode makes powerful steps cheaper, (1 + r) / 2.
+
+    Args:
+        steps: K. budget: b, in r..1. costs: of a prediction by patch size.
+        weak, powerful: patch sizes. guidance: one of `GUIDANCE`.
+
+    Raises:
+        ValueError: the budget cannot be met, or is more than 1; says what is possible.
+    """
+    _check_guidance(guidance)
+    least = relative_cost(costs, weak, powerful)
+    if not least <= budget <= 1:
+        raise ValueError(
+            f"a budget of {budget:g} is not possible: patch size {weak} throughout costs "
+            f"{least:.3f} of patch size {powerful}; choose {math.ceil(least * 1000) / 1000:g} to 1"
+        )
+    most = (1 + least) / 2 if guidance in ("weak_uncond", "weak_cond") else 1.0
+    share = (most - budget) / (most - least) if most > least else 0.0
+    return by_weak_steps(steps, round(steps * max(share, 0.0)), weak=weak, powerful=powerful)
+
+
+def relative_cost(costs: Mapping[int, float], weak: int, powerful: int) -> float:
+    """What a prediction of the weak mode costs, the powerful mode's being 1.
+
+    Raises:
+        ValueError: a patch size without a cost, or a weak mode that is not the cheaper one.
+    """
+    for patch in (weak, powerful):
+        if patch not in costs:
+            raise ValueError(f"no mode of patch size {patch}; there are {_listed(costs)}")
+    if weak != powerful and costs[weak] >= costs[powerful]:
+        raise ValueError(
+            f"patch size {weak} is not cheaper than {powerful}; the weak mode has larger patches"
+        )
+    return costs[weak] / costs[powerful]
+
+
+def by_levels(steps: int, levels: Sequence[tuple[int, int]], *, powerful: int) -> Levels:
+    """Several weak modes: (patch size, steps) from the first step on, the rest powerful.
+
+    Raises:
+        ValueError: more steps than there are, or patch sizes that grow.
+    """
+    rest = steps - sum(count for _, count in levels)
+    patches = [patch for patch, _ in levels]
+    if rest < 0 or any(count < 0 for _, count in levels):
+        raise ValueError(f"the levels {list(levels)} have {steps - rest} steps of {steps}")
+    if patches != sorted(patches, reverse=True):
+        raise ValueError(f"patch sizes {patches} grow; name the largest first")
+    return _levels([*levels, (powerful, rest)])
+
+
+def by_list(modes: Sequence[int]) -> Levels:
+    """Any patch size at any step: one entry per step, the noisiest first.
+
+    Raises:
+        ValueError: the list is empty.
+    """
+    if not len(modes):
+        raise ValueError("an empty list of modes; one patch size per step is needed")
+    return _levels([(int(mode), 1) for mode in modes])
+
+
+def by_time(times: Sequence[float], switch: float, *, weak: int, powerful: int) -> Levels:
+    """The weak mode at times of at least `switch`: the same part of the process for any number of
+    steps.
+
+    Args:
+        times: of the steps in their order, growing with the noise: original timesteps of a
+            diffusion, 1 - t of a flow from noise to data.
+    """
+    return by_list([weak if t >= switch else powerful for t in times])
+
+
+def _levels(pairs: Sequence[tuple[int, int]]) -> Levels:
+    """Neighbours of one mode joined, empty levels left out."""
+    found: list[tuple[int, int]] = []
+    for patch, count in pairs:
+        if count and found and found[-1][0] == patch:
+            found[-1] = (patch, found[-1][1] + count)
+        elif count:
+            found.append((patch, count))
+    return tuple(found)
+
+
+def check_modes(levels: Sequence[tuple[int, int]], patch_sizes: Sequence[int]) -> None:
+    """Raises ValueError naming the first mode of `levels` that is none of `patch_sizes`."""
+    for patch, _ in levels:
+        if patch not in patch_sizes:
+            raise ValueError(f"no mode of patch size {patch}; there are {_listed(patch_sizes)}")
+
+
+# ---------------------------------------------------------------- which guide, and what it costs
+
+
+def with_guidance(
+    levels: Sequence[tuple[int, int]],
+    guidance: str = "cfg",
+    *,
+    powerful: int,
+    weak: int,
+    scales: Sequence[float | None] = (),
+) -> tuple[Segment, ...]:
+    """Segments of a sampler: main and guiding prediction of every level.
+
+    | guidance | steps of the powerful mode | steps of other modes |
+    |---|---|---|
+    | cfg | same mode, null class | same mode, null class |
+    | weak_uncond | weak mode, null class | same mode, null class |
+    | weak_cond | weak mode, same class (auto-guidance, arXiv 2406.02507) | same mode, null class |
+    | none | no guide | no guide |
+
+    Args:
+        levels: (patch size, steps). powerful, weak: patch sizes.
+        scales: guidance of each level, None for the call's; () for the call's everywhere.
+
+    Raises:
+        ValueError: an unknown guidance, or another number of scales than of levels.
+    """
+    _check_guidance(guidance)
+    scales = tuple(scales) or (None,) * len(levels)
+    if len(scales) != len(levels):
+        raise ValueError(f"{len(scales)} guidance scales for {len(levels)} levels {list(levels)}")
+    segments = []
+    for (patch, steps), scale in zip(levels, scales):
+        guide, guide_mode = ("none", None) if guidance == "none" else ("null", patch)
+        if patch == powerful and guidance in ("weak_uncond", "weak_cond"):
+            guide, guide_mode = ("same" if guidance == "weak_cond" else "null"), weak
+        segments.append(
+            Segment(steps=steps, mode=patch, guide=guide, guide_mode=guide_mode, scale=scale)
+        )
+    return tuple(segments)
+
+
+def plan(
+    steps: int,
+    costs: Mapping[int, float],
+    *,
+    powerful: int,
+    weak: int,
+    budget: float | None = None,
+    weak_steps: int | None = None,
+    levels: Sequence[tuple[int, int]] = (),
+    modes: Sequence[int] = (),
+    switch: float | None = None,
+    times: Sequence[float] = (),
+    guidance: str = "cfg",
+    scales: Sequence[float | None] = (),
+) -> tuple[Segment, ...]:
+    """Segments of a sampler from whichever one of the ways to say them is given; with none, all
+    steps are powerful.
+
+    Args:
+        steps: of the sampler. costs: of a prediction by patch size; its keys are all modes.
+        powerful, weak: patch sizes of both ends.
+        budget: see `by_budget`. weak_steps: see `by_weak_steps`. levels: see `by_levels`.
+        modes: see `by_list`, one per step. switch: see `by_time`, with the `times` of all steps.
+        guidance, scales: see `with_guidance`.
+
+    Raises:
+        ValueError: two ways at once, a mode that is none of the net's, or as those functions.
+    """
+    given = {
+        "budget": budget is not None, "weak_steps": weak_steps is not None,
+        "levels": bool(levels), "modes": bool(modes), "switch": switch is not None,
+    }  # fmt: skip
+    named = [name for name, there in given.items() if there]
+    if len(named) > 1:
+        raise ValueError(f"{' and '.join(named)} both say which mode acts when; give one of them")
+    way = named[0] if named else ""
+    ends = {"weak": weak, "powerful": powerful}
+    if way == "budget":
+        chosen = by_budget(steps, budget, costs, guidance=guidance, **ends)
+    elif way == "levels":
+        chosen = by_levels(steps, levels, powerful=powerful)
+    elif way in ("modes", "switch"):
+        chosen = by_list(modes) if way == "modes" else by_time(times, switch, **ends)
+        if sum(count for _, count in chosen) != steps:
+            raise ValueError(f"{sum(count for _, count in chosen)} modes for {steps} steps")
+    else:
+        chosen = by_weak_steps(steps, weak_steps or 0, **ends)
+    check_modes(chosen, tuple(costs))
+    return with_guidance(chosen, guidance, powerful=powerful, weak=weak, scales=scales)
+
+
+def segment_flops(segment: Segment, costs: Mapping[int, float], powerful: int) -> float:
+    """What all steps of a segment cost for one image, in the unit of `costs`.
+
+    Args:
+        costs: of a prediction by patch size. powerful: the mode of a segment that names none.
+    """
+    mode = segment.mode or powerful
+    guiding = 0.0 if segment.guide == "none" else costs[segment.guide_mode or mode]
+    return segment.steps * (costs[mode] + guiding)
+
+
+def trajectory_flops(
+    segments: Sequence[Segment], costs: Mapping[int, float], powerful: int
+) -> float:
+    """What a whole trajectory of one image costs, in the unit of `costs`: both predictions of a
+    guided step. Solvers that predict twice per step cost twice as much."""
+    return math.fsum(segment_flops(segment, costs, powerful) for segment in segments)
+
+
+def relative_flops(segments: Sequence[Segment], costs: Mapping[int, float], powerful: int) -> float:
+    """Cost of a trajectory, that of the powerful mode in all its predictions being 1."""
+    predictions = sum(s.steps * (1 if s.guide == "none" else 2) for s in segments)
+    return trajectory_flops(segments, costs, powerful) / (predictions * costs[powerful])
+
+
+def _check_guidance(guidance: str) -> None:
+    if guidance not in GUIDANCE:
+        raise ValueError(f"guidance {guidance!r}; choose one of {', '.join(GUIDANCE)}")
+
+
+def _listed(patches) -> str:
+    return ", ".join(map(str, sorted(patches)))

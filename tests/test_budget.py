@@ -1,0 +1,192 @@
+"""FLOPs in the published unit, and which mode acts at which step of a sampler."""
+
+import json
+
+import pytest
+
+from lintime.model.nets.dit import DiTConfig
+from lintime.model.nets.flexidit import FlexiDiTConfig, flops, mode_flops
+from lintime.model.sampling.budget import (
+    by_budget,
+    by_levels,
+    by_list,
+    by_time,
+    by_weak_steps,
+    dit_flops,
+    plan,
+    relative_flops,
+    segment_flops,
+    trajectory_flops,
+    with_guidance,
+)
+from lintime.model.sampling.diffusion import Segment
+
+SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
+ENDS = {"weak": 4, "powerful": 2}
+COSTS = {2: 4.0, 4: 1.0}  # the weak mode costs a quarter
+
+
+def dit(size="XL", latent=32, patch=2):
+    layers, width, heads = SIZES[size]
+    return DiTConfig(
+        input_size=latent, patch_size=patch, d_model=width, n_layer=layers, n_head=heads
+    )
+
+
+# ---------------------------------------------------------------- FLOPs
+
+
+@pytest.mark.parametrize(
+    "size, latent, patch, gmacs",
+    [
+        ("XL", 32, 2, 118.62), ("XL", 32, 4, 29.04), ("XL", 32, 8, 7.39), ("XL", 64, 2, 524.54),
+        ("XL", 64, 4, 118.66), ("B", 32, 2, 23.005), ("S", 32, 8, 0.358), ("L", 32, 4, 19.696),
+    ],
+)  # fmt: skip
+def test_flops_are_those_of_the_published_table(size, latent, patch, gmacs):
+    assert dit_flops(dit(size, latent, patch)) / 1e9 == pytest.approx(gmacs, rel=1e-3)
+
+
+def test_flops_of_the_golden_table(golden_dir):
+    table = json.loads((golden_dir / "flexidit" / "manifest.json").read_text())["flops_table"]
+    assert table["rows"]
+    for row in table["rows"]:
+        config = dit(row["model"].partition("-")[2], row["latent"], row["patch"])
+        assert dit_flops(config) / 1e9 == pytest.approx(row["gmacs_total"], rel=1e-9)
+
+
+def test_flops_of_modes():
+    config = FlexiDiTConfig(base=dit(), patch_sizes=(2, 4))
+    costs = mode_flops(config)
+    assert costs == {2: dit_flops(dit()), 4: dit_flops(dit(patch=4))}
+    assert costs[4] / costs[2] == pytest.approx(0.2448, abs=1e-4)
+    assert flops(config) == costs[2] and flops(config, 4) == flops(dit(), 4) == costs[4]
+
+
+def test_flops_of_another_mixer_are_refused():
+    with pytest.raises(ValueError, match="mixer=mamba2"):
+        dit_flops(DiTConfig(mixer="mamba2"))
+
+
+# ---------------------------------------------------------------- schedules
+
+
+def test_weak_steps_come_first():
+    assert by_weak_steps(10, 4, **ENDS) == ((4, 4), (2, 6))
+    assert by_weak_steps(10, 0, **ENDS) == ((2, 10),)
+    assert by_weak_steps(10, 10, **ENDS) == ((4, 10),)
+    with pytest.raises(ValueError, match="11 weak steps of 10; there can be 0 to 10"):
+        by_weak_steps(10, 11, **ENDS)
+
+
+@pytest.mark.parametrize("share, relative", [(0.25, 0.811), (0.5, 0.622), (0.8, 0.396)])
+def test_a_budget_finds_the_published_shares(share, relative):
+    costs = mode_flops(FlexiDiTConfig(base=dit()))
+    levels = by_budget(1000, relative, costs, **ENDS)
+    assert levels[0][1] == pytest.approx(1000 * share, abs=2)
+    for guidance in ("cfg", "none"):
+        segments = with_guidance(levels, guidance, **ENDS)
+        assert relative_flops(segments, costs, 2) == pytest.approx(relative, abs=1e-3)
+
+
+def test_the_number_of_weak_steps_is_rounded():
+    assert by_budget(250, 0.6, mode_flops(FlexiDiTConfig(base=dit())), **ENDS)[0] == (4, 132)
+    assert by_budget(20, 0.6, mode_flops(FlexiDiTConfig(base=dit())), **ENDS)[0] == (4, 11)
+
+
+def test_a_budget_counts_a_weak_guide():
+    for guidance in ("weak_uncond", "weak_cond"):
+        levels = by_budget(1000, 0.5, COSTS, guidance=guidance, **ENDS)
+        segments = with_guidance(levels, guidance, **ENDS)
+        assert relative_flops(segments, COSTS, 2) == pytest.approx(0.5, abs=1e-3)
+        # It saves (1 + r) / 2 without a weak step: more than that is not spent.
+        assert by_budget(10, 0.9, COSTS, guidance=guidance, **ENDS) == ((2, 10),)
+
+
+def test_the_ends_of_a_budget():
+    assert by_budget(10, 1.0, COSTS, **ENDS) == ((2, 10),)
+    assert by_budget(10, 0.25, COSTS, **ENDS) == ((4, 10),)
+
+
+@pytest.mark.parametrize("budget", [0.24, 1.01, -1.0, float("nan")])
+def test_a_budget_that_cannot_be_met_says_what_can(budget):
+    with pytest.raises(ValueError, match=r"patch size 4 .* costs 0.250 .* choose 0.25 to 1"):
+        by_budget(10, budget, COSTS, **ENDS)
+
+
+def test_modes_that_are_not_there():
+    with pytest.raises(ValueError, match="no mode of patch size 8; there are 2, 4"):
+        by_budget(10, 0.5, COSTS, weak=8, powerful=2)
+    with pytest.raises(ValueError, match="patch size 2 is not cheaper than 4"):
+        by_budget(10, 0.5, COSTS, weak=2, powerful=4)
+    with pytest.raises(ValueError, match="no mode of patch size 3; there are 2, 4"):
+        plan(2, COSTS, modes=[3, 2], **ENDS)
+
+
+def test_several_levels():
+    assert by_levels(10, [(8, 3), (4, 2)], powerful=2) == ((8, 3), (4, 2), (2, 5))
+    with pytest.raises(ValueError, match="11 steps of 10"):
+        by_levels(10, [(8, 6), (4, 5)], powerful=2)
+    with pytest.raises(ValueError, match="largest first"):
+        by_levels(10, [(4, 3), (8, 2)], powerful=2)
+
+
+def test_any_list_of_modes():
+    assert by_list([4, 4, 2, 4, 2, 2]) == ((4, 2), (2, 1), (4, 1), (2, 2))
+    with pytest.raises(ValueError, match="empty"):
+        by_list([])
+
+
+def test_a_threshold_in_time():
+    assert by_time([999, 500, 499, 0], 500, **ENDS) == ((4, 2), (2, 2))
+    assert by_time([999, 500], 1000, **ENDS) == ((2, 2),)
+
+
+# ---------------------------------------------------------------- guidance
+
+
+@pytest.mark.parametrize(
+    "guidance, weak, powerful",
+    [
+        ("cfg", ("null", 4), ("null", 2)),
+        ("weak_uncond", ("null", 4), ("null", 4)),
+        ("weak_cond", ("null", 4), ("same", 4)),
+        ("none", ("none", None), ("none", None)),
+    ],
+)
+def test_guides(guidance, weak, powerful):
+    segments = with_guidance(((4, 3), (2, 5)), guidance, scales=(1.0, 3.0), **ENDS)
+    assert segments == (
+        Segment(steps=3, mode=4, guide=weak[0], guide_mode=weak[1], scale=1.0),
+        Segment(steps=5, mode=2, guide=powerful[0], guide_mode=powerful[1], scale=3.0),
+    )
+
+
+def test_guidance_errors():
+    with pytest.raises(ValueError, match="choose one of cfg"):
+        with_guidance(((2, 1),), "strong", **ENDS)
+    with pytest.raises(ValueError, match="2 guidance scales for 1 levels"):
+        with_guidance(((2, 1),), scales=(1.0, 2.0), **ENDS)
+
+
+def test_cost_of_a_trajectory():
+    segments = with_guidance(((4, 3), (2, 5)), "weak_uncond", **ENDS)
+    assert [segment_flops(s, COSTS, 2) for s in segments] == [3 * 2, 5 * 5]
+    assert trajectory_flops(segments, COSTS, 2) == 31
+    assert trajectory_flops([Segment(steps=2)], COSTS, 2) == 16  # the net's own mode
+
+
+# ---------------------------------------------------------------- one call for all
+
+
+def test_plan_takes_any_one_way():
+    modes = lambda **how: [s.mode for s in plan(4, COSTS, **how, **ENDS) for _ in range(s.steps)]
+    assert modes() == [2, 2, 2, 2]
+    assert modes(budget=0.625) == [4, 4, 2, 2] == modes(weak_steps=2)
+    assert modes(levels=[(4, 1)]) == [4, 2, 2, 2]
+    assert modes(modes=[4, 2, 4, 2]) == [4, 2, 4, 2]
+    assert modes(switch=5, times=[9, 7, 5, 3]) == [4, 4, 4, 2]
+    with pytest.raises(ValueError, match="budget and weak_steps"):
+        modes(budget=0.5, weak_steps=1)
+    with pytest.raises(ValueError, match="3 modes for 4 steps"):
+        modes(modes=[4, 2, 2])
