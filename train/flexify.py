@@ -13,13 +13,16 @@ import numpy as np
 
 from ..model.nets.dit import DiT, DiTConfig
 from ..model.nets.flexidit import FlexiDiTConfig, flexify, mode_flops
+from ..model.processes.flexible import FlexibleDiffusion, FlexibleFlow
+from ..model.processes.flow import FlowMatching
 from .arrays import config_beside, must_be_new, read_arrays, read_hyperparameters
 from .checkpoint import FOLDER, restore_inference, save_inference
 from .config_files import read_config, save_config
 from .convert import recognise
 from .errors import UserError
 from .override import apply_overrides
-from .schema import Run
+from .schema import FlexibleSample, Run
+from .task_flexible import split_base
 from .validate import validate
 
 EXAMPLES = """\
@@ -115,7 +118,7 @@ def flexify_run(
     run, params = _trained_dit(Path(source))
     base = run.net
     net = FlexiDiTConfig(base=base, patch_sizes=tuple(patch_sizes), variant=variant)
-    run = apply_overrides(dataclasses.replace(run, net=net, init_from="", stages=()), overrides)
+    run = apply_overrides(flexible_run(run, net), overrides)
     if run.net.base != base:
         raise UserError(
             f"net.base is the DiT of {source} and cannot be changed; leave out "
@@ -126,10 +129,20 @@ def flexify_run(
         params = flexify(run.net, params, jax.random.key(seed))
     except ValueError as error:
         raise UserError(f"net: {error}") from error
-    variables = {"params": jax.tree.map(np.asarray, params), "stats": {}}
+    variables = jax.tree.map(np.asarray, split_base(params))
     save_inference(out, variables, 0, {"flexified_from": str(source)})
     save_config(run, out / "config.json")
     return run
+
+
+def flexible_run(run: Run, net: FlexiDiTConfig) -> Run:
+    """The run of a DiT with another net, and process and samples as that takes them."""
+    flow = isinstance(run.process, FlowMatching)
+    process = (FlexibleFlow if flow else FlexibleDiffusion)(**vars(run.process))
+    sample = FlexibleSample(**vars(run.sample))
+    return dataclasses.replace(
+        run, net=net, process=process, sample=sample, init_from="", stages=()
+    )
 
 
 def _trained_dit(source: Path) -> tuple[Run, dict[str, Any]]:

@@ -396,4 +396,9 @@ PROCESSES = {
     "flexible_flow": FlexibleFlow,
 }
 DATA = {"text": Data, "images": ImageData, "codes": CodeData, "latents": LatentData}
-SAMPLES = {"text": Sample, "images": ImageSample, "diffusion": DiffusionSample, "flexible": FlexibleSample}
+SAMPLES = {
+    "text": Sample,
+    "images": ImageSample,
+    "diffusion": DiffusionSample,
+    "flexible": FlexibleSample,
+}
