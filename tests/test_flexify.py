@@ -6,7 +6,9 @@ import json
 import jax
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
+from lintime.model.convert.dit import dit_to_reference
 from lintime.model.nets.dit import DiT, DiTConfig
 from lintime.model.nets.flexidit import FlexiDiTConfig, init_params, mode_params
 from lintime.model.processes.gaussian import GaussianDiffusion
@@ -65,6 +67,23 @@ def test_the_run_is_what_it_was_at_its_own_patch_size(source, dit_params, varian
 
 def almost(a, b):
     np.testing.assert_allclose(a, b, atol=1e-6)
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_published_weights(dit_params, suffix, tmp_path):
+    file = tmp_path / f"DiT{suffix}"
+    flat = {n: np.array(a) for n, a in dit_to_reference(dit_params, NET).items()}
+    if suffix == ".pt":
+        torch = pytest.importorskip("torch")
+        torch.save({"ema": {n: torch.from_numpy(a) for n, a in flat.items()}}, file)
+    else:
+        save_file(flat, file)
+    out = tmp_path / "flexi"
+    words = ["--patch-sizes", "2,4", "--variant", "lora", "--out", str(out), "net.base.n_head=2"]
+    assert main(["flexify", str(file), *words]) == 0
+    net, params = weights(out)
+    assert net.base == NET
+    jax.tree.map(np.testing.assert_array_equal, mode_params(net, params, 2), dit_params)
 
 
 def test_it_says_what_modes_cost(source, tmp_path, capsys):
