@@ -14,13 +14,18 @@ from lintime.model.nets.dit import DiT, DiTConfig
 from lintime.model.processes.flow import FlowMatching
 from lintime.model.processes.gaussian import GaussianDiffusion
 from lintime.train import convert_dit
-from lintime.train.arrays import read_arrays
+from lintime.train.arrays import read_arrays, read_hyperparameters
+from lintime.train.convert import convert as convert_file
+from lintime.train.convert import export
 from lintime.train.errors import UserError
-from lintime.train.schema import Run
-from tests.conversion import assert_same, shapes_of
+from lintime.train.schema import DiffusionSample, ImageData, Run
+from tests.conversion import assert_same, restored, shapes_of
 from tests.tiny_dit import abstract_params, compiled, make_config, some_inputs
 
-CONFIG = make_config(patch_size=4, n_head=4, n_layer=3)
+CONFIG = DiTConfig(
+    input_size=8, patch_size=4, in_channels=3, d_model=16, n_layer=3, n_head=4, mlp_ratio=2.0,
+    num_classes=5,
+)  # fmt: skip
 
 
 def published_shapes(c: DiTConfig) -> dict[str, tuple[int, ...]]:
@@ -279,3 +284,27 @@ def test_released_files_and_checkpoints_of_the_training_script(tmp_path):
     save_file(ema, tmp_path / "model.safetensors")
     for name in ("0400000.pt", "bare.pt", "no_average.pt", "model.safetensors"):
         assert_same(read_arrays(tmp_path / name), ema)
+
+
+def test_a_file_becomes_a_run_and_a_file_again(tmp_path):
+    from safetensors.numpy import load_file, save_file
+
+    flat = arrays()
+    save_file(flat, tmp_path / "model.safetensors")
+    run = Run(
+        net=CONFIG, process=GaussianDiffusion(), data=ImageData(size=8), sample=DiffusionSample()
+    )
+    convert_file(tmp_path / "model.safetensors", tmp_path / "run", config=run)
+    _, variables = restored(tmp_path / "run")
+    params = layout_of.dit_from_reference(flat, CONFIG)
+    assert_same(flatten(variables["params"]), flatten(params))
+    with pytest.raises(UserError, match="was trained for layout dit, not sit"):
+        export(tmp_path / "run", tmp_path / "x", file_format="safetensors", layout="sit")
+    layout, weights, fields = export(tmp_path / "run", tmp_path / "x", file_format="safetensors")
+    assert layout == "dit" and fields.name == "config.json"
+    assert_same(load_file(weights), flat)
+    # Its config.json is read back, and tells what the arrays do not.
+    fields = read_hyperparameters(fields)[1]
+    again, variables = convert(read_arrays(tmp_path / "x"), reference=fields)
+    assert again.net == CONFIG
+    assert_same(flatten(variables["params"]), flatten(params))

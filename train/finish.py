@@ -10,24 +10,26 @@ from pathlib import Path
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
+from ..model.nets.vq_tokenizer import VQTokenizerConfig
 from ..model.partition import parameter_shardings
 from .config_files import read_config
 from .data.open import open_split
+from .encoding import encoded_dir
 from .errors import UserError
 from .evaluate import make_evaluator
 from .launch import program
 from .loop import Result
 from .mesh import check_batch, make_mesh
 from .override import apply_overrides, diff
-from .schema import CodeData, Data, ImageData, Run, Sample
-from .stages import codes_dir, resolve
+from .schema import CodeData, Data, LatentData, Run, Sample
+from .stages import resolve
 from .state import TrainState
 from .tasks import make_task
 from .validate import validate
 
 # Groups of fields that each command reads; a run's other settings are those it was trained with.
 EVAL_FIELDS = ("data", "eval", "mesh", "precision", "batch_size", "sample")
-SAMPLE_FIELDS = ("sample", "precision", "data.vocab", "data.tokenizer")
+SAMPLE_FIELDS = ("sample", "precision", "data.vocab", "data.tokenizer", "data.autoencoder")
 _ENCODING = ("data.images.", "data.views", "data.resizes")  # read when codes are made
 
 
@@ -59,13 +61,14 @@ def finish(run: Run, result: Result, words: Sequence[str]) -> None:
         print("  " + ", ".join(f"{k} {v:.4g}" for k, v in figures.items()))
 
     text = isinstance(run.sample, Sample)
-    blind = isinstance(run.data, CodeData) and not run.data.tokenizer
+    blind = not getattr(run.data, "tokenizer", True) or not getattr(run.data, "autoencoder", True)
     if text:
         print(f"\nsample, prompt {run.sample.prompt!r}:\n" + "-" * 72)
         draw(load(run_dir), run.sample, run.seed)
         print("-" * 72)
     elif blind:
-        print("\nno sample: data.tokenizer names nothing that makes pixels of codes")
+        maker = "tokenizer" if isinstance(run.data, CodeData) else "autoencoder"
+        print(f"\nno sample: data.{maker} names nothing that makes pixels")
     else:
         print("\nsample:")
         draw(load(run_dir), run.sample, run.seed)
@@ -80,10 +83,10 @@ def finish(run: Run, result: Result, words: Sequence[str]) -> None:
             f"  your own text    {shlex.join(mine)}",
         ]
     else:
-        made_here = isinstance(run.data, CodeData) and not run.data.path
+        made_here = isinstance(run.data, CodeData | LatentData) and not run.data.path
         mine = "data.images.path=FOLDER_OF_CLASS_FOLDERS" if made_here else "data.path=FOLDER"
         mine = [*_with(_without_run(words), mine), "--run", "runs/mine"]
-        with_tokenizer = " data.tokenizer=DIR_OR_FILE" if blind else ""
+        with_tokenizer = f" data.{maker}=DIR_OR_FILE" if blind else ""
         lines += [
             f"  sample           {lintime} sample --run {here} --seed 1{with_tokenizer}",
             f"  evaluate         {lintime} eval --run {here}",
@@ -132,7 +135,7 @@ def evaluate_run(run_dir: str, overrides: list[str], split: str, step: int | Non
         if file and not Path(file).is_file():  # said before the validation, which may take long
             raise UserError(f"eval.{field}={file} is not there; check the path")
     loaded = _load(path, run, step)
-    codes = codes_dir(run, path) if isinstance(run.data, CodeData) else None
+    codes = encoded_dir(run, path)
     if codes and not run.data.path and not codes.exists() and run.eval.samples:
         print(f"{path}: no loss, for there are no codes (data.path=DIR)")
         result = {}
@@ -166,7 +169,7 @@ def _losses(run: Run, loaded, split: str, path: Path, codes: Path | None) -> dic
     stats = jax.device_put(loaded.stats, NamedSharding(mesh, PartitionSpec()))
     state = TrainState(None, params, {}, {}, stats, {})
     result = evaluate(state)
-    if isinstance(run.data, ImageData):
+    if isinstance(run.net, VQTokenizerConfig):
         del result["psnr"]  # that of 8-bit images follows
     width = min(shutil.get_terminal_size().columns, 100)
     print(f"{path} on {split} of {codes or run.data.path}"[:width])
@@ -192,7 +195,7 @@ def sample_run(run_dir: str, overrides: list[str], seed: int, step: int | None) 
 def _changed(run_dir: Path, overrides: list[str], command: str, allowed: tuple[str, ...]) -> Run:
     """The saved config with overrides; a field the command would ignore is refused."""
     saved = read_config(run_dir / "config.json")
-    if command == "sample" and isinstance(saved.data, ImageData):
+    if command == "sample" and isinstance(saved.net, VQTokenizerConfig):
         allowed = (*allowed, "data")
     run = apply_overrides(saved, overrides)
     for path, _, _ in diff(saved, run):
@@ -220,6 +223,8 @@ def _load(run_dir: str | Path, run: Run, step: int | None):
         return loaded
     if isinstance(run.data, CodeData):
         return load(run_dir, tokenizer=resolve(run.data.tokenizer, run_dir), **options)
+    if isinstance(run.data, LatentData):
+        return load(run_dir, autoencoder=run.data.autoencoder, **options)
     loaded = load(run_dir, **options)
     loaded.config = run  # the images may be others
     return loaded

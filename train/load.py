@@ -14,6 +14,7 @@ from jax.sharding import SingleDeviceSharding
 
 from ..model.nets.aim import AiMConfig
 from ..model.nets.dit import DiTConfig
+from ..model.nets.flexidit import FlexiDiTConfig
 from ..model.nets.mamba_lm import MambaConfig
 from ..model.nets.transformer_vq import TransformerVQConfig
 from ..model.nets.vq_tokenizer import VQTokenizerConfig
@@ -24,6 +25,7 @@ from .errors import UserError
 from .loaded import LoadedRun
 from .loaded_codes import LoadedCodes
 from .loaded_diffusion import LoadedDiffusion
+from .loaded_flexible import LoadedFlexible
 from .loaded_text import LoadedText
 from .published import HUB_NAME, fetch, load_published
 from .schema import Precision, Run
@@ -36,6 +38,7 @@ LOADED = {
     MambaConfig: LoadedText,
     AiMConfig: LoadedCodes,
     DiTConfig: LoadedDiffusion,
+    FlexiDiTConfig: LoadedFlexible,
     VQTokenizerConfig: LoadedTokenizer,
 }
 

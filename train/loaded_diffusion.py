@@ -2,17 +2,49 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import jax
 
+from ..model.nets.dit import DiTConfig
 from ..model.sampling.diffusion import Segment, make_diffusion_sampler
+from .autoencoder import LoadedAutoencoder, check_autoencoder, load_autoencoder
+from .errors import UserError
 from .loaded_images import LoadedImages
-from .schema import DiffusionSample
+from .schema import DiffusionSample, LatentData
 
 
 class LoadedDiffusion(LoadedImages):
-    """The weights of a DiT run; see `LoadedRun`."""
+    """The weights of a DiT run, and the autoencoder where it draws latents; see `LoadedRun`.
+
+    `autoencoder` is a loaded one or where it is now, if not where `config.data.autoencoder` says.
+    """
+
+    def __init__(self, *args, autoencoder: str | LoadedAutoencoder | None = None, **options):
+        super().__init__(*args, **options)
+        self._autoencoder = autoencoder
+
+    @functools.cached_property
+    def autoencoder(self) -> LoadedAutoencoder:
+        """What turns latents into pixels.
+
+        Raises:
+            UserError: it is missing, or not the one whose latents the net was trained on.
+        """
+        given = self._autoencoder
+        if not isinstance(given, LoadedAutoencoder):
+            place = given or self.config.data.autoencoder
+            if not place:
+                raise UserError(
+                    f"{self.path} draws latents; name their autoencoder with "
+                    "data.autoencoder=DIR_OR_FILE"
+                )
+            given = load_autoencoder(place)
+        wanted = self.data_fingerprint.get("autoencoder")
+        if wanted is not None:
+            check_autoencoder(wanted, given, f"{self.path} was trained on")
+        return given
 
     @property
     def num_classes(self) -> int:
@@ -30,7 +62,16 @@ class LoadedDiffusion(LoadedImages):
     def drawer(self, settings):
         draw = self.sampler(settings)
         guidance = None if settings.guidance == 1.0 else settings.guidance
-        return lambda keys, labels: draw(self.variables, keys, labels, guidance=guidance)
+        return self._to_pixels(
+            lambda keys, labels: draw(self.variables, keys, labels, guidance=guidance)
+        )
+
+    def _to_pixels(self, draw: Callable) -> Callable:
+        """`draw`, decoded where it gives latents."""
+        if not isinstance(self.config.data, LatentData):
+            return draw
+        decode, scale = self.autoencoder.decode, self.config.data.scaling_factor
+        return lambda keys, labels: decode(draw(keys, labels) / scale)
 
 
 def solver_options(s: DiffusionSample) -> dict:
@@ -47,15 +88,19 @@ def make_sampler(net, *, process, steps: int, **options) -> Callable:
     Raises:
         ValueError: settings that do not fit each other.
     """
-    c = net.config
 
     def denoise(variables, x, t, labels, mode):
         return net.apply({"params": variables["params"]}, x, t, labels)[0]
 
+    return jit_sampler(denoise, net.config, process, (Segment(steps=steps),), **options)
+
+
+def jit_sampler(denoise, dit: DiTConfig, process, segments, **options) -> Callable:
+    """The jitted sampler of a denoiser of images as `dit` has them."""
     return jax.jit(
         make_diffusion_sampler(
-            denoise, process, segments=(Segment(steps=steps),),
-            shape=(c.input_size, c.input_size, c.in_channels),
-            null_label=c.num_classes if c.class_dropout else None, **options,
+            denoise, process, segments=segments,
+            shape=(dit.input_size, dit.input_size, dit.in_channels),
+            null_label=dit.num_classes if dit.class_dropout else None, **options,
         )  # fmt: skip
     )

@@ -17,15 +17,15 @@ import numpy as np
 from ..model.partition import unsharded
 from .checkpoint import Checkpoints, restore_inference
 from .config_files import check_continuation, read_config, save_config
-from .data.codes import CodesInfo
 from .data.open import open_split
+from .encoding import encode_data
 from .errors import UserError
 from .evaluate import make_evaluator
 from .launch import StopRequest, agree, stop_on_signals
 from .mesh import check_batch, local_rows, make_mesh, put_batch, state_shardings
 from .metrics import Clock
-from .schema import Checkpoint, CodeData, Run
-from .stages import check_stages, codes_dir, is_finished, resolve, stage_dir, stages_of
+from .schema import Checkpoint, Run
+from .stages import check_stages, is_finished, resolve, stage_dir, stages_of
 from .state import TrainState
 from .step import init_state, jit_step, make_train_step
 from .tasks import make_task
@@ -58,7 +58,7 @@ def train(
     devices=None,
 ) -> Result:
     """Train `run` in `run_dir`, continuing what is there; ends with a validation of the final
-    weights. Its stages, and codes that it is to make, come first.
+    weights. Its stages, and encoding of its images, come first.
 
     Args:
         run: validated config.
@@ -88,10 +88,10 @@ def train(
             result = train(stage, folder, devices=devices)
             if result.stopped:
                 return dataclasses.replace(result, where=f"stage {number}")
-    codes = _codes(run, run_dir)
+    encoded = encode_data(run, run_dir)
     task = make_task(run)
-    train_data = open_split(run, "train", run_dir, codes)
-    val_data = open_split(run, "validation", run_dir, codes)
+    train_data = open_split(run, "train", run_dir, encoded)
+    val_data = open_split(run, "validation", run_dir, encoded)
     task.check_data(train_data)
     meta = {"fingerprint": {"train": train_data.fingerprint, "validation": val_data.fingerprint}}
 
@@ -219,26 +219,6 @@ def train(
             with contextlib.suppress(UserError):  # nothing to draw yet, or the disk is full
                 plot_curves(run_dir)
     return Result(run_dir, step, last_val, stopped)
-
-
-def _codes(run: Run, run_dir: Path) -> Path | None:
-    """The folder of codes to train on, made now if the run is to make it; None for other data."""
-    if not isinstance(run.data, CodeData):
-        return None
-    from .prepare import prepare_codes
-    from .tokenizer import check_fingerprint, load_tokenizer
-
-    folder = codes_dir(run, run_dir)
-    if not run.data.tokenizer:
-        return folder  # nothing to check; the run cannot draw
-    tokenizer = load_tokenizer(resolve(run.data.tokenizer, run_dir))
-    if run.data.path:
-        check_fingerprint(CodesInfo.finished(folder).tokenizer, tokenizer, f"{folder} holds")
-    else:
-        prepare_codes(
-            run.data.images, tokenizer, folder, views=run.data.views, resizes=run.data.resizes
-        )
-    return folder
 
 
 def _due(step: int, every: int) -> bool:

@@ -19,6 +19,7 @@ from ..model.nets.transformer_vq import TransformerVQConfig
 from ..model.nets.vq_tokenizer import VQTokenizerConfig
 from ..model.processes.adversarial import AdversarialReconstruction
 from ..model.processes.autoregressive import Autoregressive
+from ..model.processes.flexible import FlexibleDiffusion, FlexibleFlow
 from ..model.processes.flow import FlowMatching
 from ..model.processes.gaussian import GaussianDiffusion
 
@@ -136,6 +137,7 @@ class LatentData:
             into the run's latents/ folder before training starts.
         autoencoder: folder or file of a published autoencoder, or "" (latents only: nothing can be
             drawn as pixels).
+        scaling_factor: of the autoencoder: a net is trained on latents times this.
         images: what to encode where `path` is "": the centre crop of every image, and of training
             images also its mirror image if `flip` is set; `crop` and `resize` are not read.
         shuffle, workers: as for images.
@@ -143,6 +145,7 @@ class LatentData:
 
     path: str = ""
     autoencoder: str = ""
+    scaling_factor: float = 0.18215
     images: ImageData = ImageData(filter="bicubic", flip=True)
     shuffle: bool = True
     workers: int = 0
@@ -326,6 +329,25 @@ class DiffusionSample:
 
 
 @dataclass
+class FlexibleSample(DiffusionSample):
+    """Sampling with a net of several patch sizes: how much of the full compute to spend.
+
+    Attributes:
+        budgets: shares of the FLOPs of the base's patch size throughout; the first steps are weak,
+            as many as that takes. Several draw the same images once for each, for comparison.
+        weak: patch size of the weak steps; 0 = the largest.
+        kind: of guidance: "cfg", "weak_uncond" or "weak_cond" (see `lintime.model.sampling.budget`)
+            guide steps of the base's patch size by the same or by the weak patch size.
+        weak_guidance: guidance strength of weak steps; 0 = `guidance`.
+    """
+
+    budgets: tuple[float, ...] = (1.0,)
+    weak: int = 0
+    kind: str = "cfg"
+    weak_guidance: float = 0.0
+
+
+@dataclass
 class Log:
     """every: updates between metric lines; tensorboard / wandb need the `track` extra."""
 
@@ -370,6 +392,8 @@ PROCESSES = {
     "adversarial_reconstruction": AdversarialReconstruction,
     "gaussian_diffusion": GaussianDiffusion,
     "flow_matching": FlowMatching,
+    "flexible_diffusion": FlexibleDiffusion,
+    "flexible_flow": FlexibleFlow,
 }
 DATA = {"text": Data, "images": ImageData, "codes": CodeData, "latents": LatentData}
-SAMPLES = {"text": Sample, "images": ImageSample, "diffusion": DiffusionSample}
+SAMPLES = {"text": Sample, "images": ImageSample, "diffusion": DiffusionSample, "flexible": FlexibleSample}

@@ -18,7 +18,6 @@ from .schema import CodeData, ImageData, Run
 from .task_codes import check_codes
 
 _STAGE = re.compile(r"stage:(\d+)")
-CODES = "codes"  # folder of a run for the codes that it made itself
 
 
 def stage_dir(run_dir: str | Path, number: int) -> Path:
@@ -36,7 +35,7 @@ def stages_of(run: Run) -> dict[int, Run]:
     """The stages that the run refers to, by number (others would be trained for nothing), with what
     a stage takes from its run filled in: images without a path of their own are those of the run.
     """
-    own = run.data.images if isinstance(run.data, CodeData) else run.data
+    own = getattr(run.data, "images", run.data)
     filled = {}
     for number in sorted(_references(run).values()):
         stage = run.stages[number]
@@ -100,8 +99,3 @@ def is_finished(stage: Run, folder: Path) -> bool:
     step = checkpoints.latest_step()
     checkpoints.close()
     return step is not None and step >= stage.steps
-
-
-def codes_dir(run: Run, run_dir: str | Path) -> Path:
-    """The folder of codes that a run on `CodeData` reads."""
-    return Path(run.data.path).expanduser() if run.data.path else Path(run_dir) / CODES

@@ -6,14 +6,13 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from ..model.nets.dit import DiT
+from ..model.nets.autoencoder_kl import sample_posterior
+from ..model.nets.dit import DiT, DiTConfig
 from ..model.processes import flow, gaussian
 from ..model.processes.flow import FlowMatching
-from ..model.processes.gaussian import GaussianDiffusion
 from .errors import UserError
+from .schema import LatentData
 from .task import Task
-
-PROCESSES = {GaussianDiffusion: gaussian, FlowMatching: flow}
 
 
 class DiffusionTask(Task):
@@ -27,33 +26,39 @@ class DiffusionTask(Task):
     metric = "loss"
 
     @property
+    def dit(self) -> DiTConfig:
+        """Sizes of images and classes."""
+        return self.run.net
+
+    @property
     def net(self) -> DiT:
         precision = self.run.precision
-        return DiT(self.run.net, self.dtype, precision.remat, precision.unroll)
+        return DiT(self.dit, self.dtype, precision.remat, precision.unroll)
 
     def abstract_batch(self):
-        rows, net = self.run.batch_size, self.run.net
+        rows, net = self.run.batch_size, self.dit
         shape = (rows, net.input_size, net.input_size, net.in_channels)
+        names = ("mean", "logvar") if isinstance(self.run.data, LatentData) else ("images",)
         return {
-            "images": jax.ShapeDtypeStruct(shape, "float32"),
+            **{name: jax.ShapeDtypeStruct(shape, "float32") for name in names},
             "labels": jax.ShapeDtypeStruct((rows,), "int32"),
             "valid": jax.ShapeDtypeStruct((rows,), "bool"),
         }
 
     def init(self, key):
-        net = self.run.net
+        net = self.dit
         x = jnp.zeros((1, net.input_size, net.input_size, net.in_channels))
         variables = self.net.init({"params": key}, x, jnp.zeros((1,)), jnp.zeros((1,), jnp.int32))
         return {"params": variables["params"], "stats": {}}
 
     def loss(self, params, stats, carry, batch, key):
         key = jax.random.fold_in(key, batch["step"])
-        keys = dict(zip(("times", "noise", "dropout"), jax.random.split(key, 3)))
-        x = batch["images"]
+        keys = dict(zip(("times", "noise", "dropout", "latents"), jax.random.split(key, 4)))
+        x = self._clean(batch, keys["latents"])
         t = self._process.draw_times(self.run.process, keys["times"], x.shape[0])
         noise = jax.random.normal(keys["noise"], x.shape)
         rngs = {"dropout": keys["dropout"]}
-        losses, parts = self._losses(params, batch, t, noise, rngs)
+        losses, parts = self._losses(params, stats, x, batch["labels"], t, noise, rngs)
         total, weight = jnp.sum(losses), jnp.float32(x.shape[0])
         sums = {name: jnp.sum(value) for name, value in parts.items()} | {"rows": weight}
         return total, weight, {}, carry, {"sum": sums, "mean": {}}
@@ -63,31 +68,60 @@ class DiffusionTask(Task):
         return {name: value / rows for name, value in sums.items() if name not in ("rows", "loss")}
 
     def evaluate(self, params, stats, batch):
-        x, valid = batch["images"], batch["valid"].astype(jnp.float32)
+        valid = batch["valid"].astype(jnp.float32)
         key = jax.random.fold_in(jax.random.key(0), batch["step"])
-        times, noise = jax.random.split(key)
+        times, noise, latents = jax.random.split(key, 3)
+        x = self._clean(batch, latents)
         t = self._process.spread_times(self.run.process, times, x.shape[0])
-        losses, parts = self._losses(params, batch, t, jax.random.normal(noise, x.shape), {})
-        parts = parts | {"loss": losses, "rows": jnp.ones_like(losses)}
+        noise, labels = jax.random.normal(noise, x.shape), batch["labels"]
+        parts = self._validation_parts(params, stats, x, labels, t, noise)
+        parts = parts | {"rows": jnp.ones_like(valid)}
         return {name: jnp.sum(value * valid) for name, value in parts.items()}
 
     def validation(self, sums):
         return {"loss": sums["loss"] / jnp.maximum(sums["rows"], 1.0), **self.report(sums)}
 
+    def _validation_parts(self, params, stats, x, labels, t, noise) -> dict[str, Array]:
+        """What is summed over rows, by row: the loss and its parts."""
+        losses, parts = self._losses(params, stats, x, labels, t, noise, {})
+        return parts | {"loss": losses}
+
     @property
     def _process(self):
-        return PROCESSES[type(self.run.process)]
+        return flow if isinstance(self.run.process, FlowMatching) else gaussian
 
-    def _losses(self, params, batch, t: Array, noise: Array, rngs):
+    def _clean(self, batch, key: Array) -> Array:
+        """Images, or latents as the net sees them: scaled draws from their posterior."""
+        if "images" in batch:
+            return batch["images"]
+        noise = jax.random.normal(key, batch["mean"].shape)
+        drawn = sample_posterior(batch["mean"], batch["logvar"], noise)
+        return self.run.data.scaling_factor * drawn
+
+    def _losses(self, params, stats, x: Array, labels: Array, t: Array, noise: Array, rngs):
         def denoise(x_t, time):
-            return self.net.apply({"params": params}, x_t, time, batch["labels"], rngs=rngs)[0]
+            return self.net.apply({"params": params}, x_t, time, labels, rngs=rngs)[0]
 
-        return self._process.training_loss(self.run.process, denoise, batch["images"], t, noise)
+        return self._process.training_loss(self.run.process, denoise, x, t, noise)
 
     def check_data(self, data):
-        net = self.run.net
+        net = self.dit
         if data.num_classes > net.num_classes:
             raise UserError(
                 f"net.num_classes={net.num_classes}, but the data have {data.num_classes} classes; "
                 f"set net.num_classes={data.num_classes}"
+            )
+        if not isinstance(self.run.data, LatentData):
+            return
+        size = (net.input_size, net.input_size, net.in_channels)
+        if data.shape != size:
+            raise UserError(
+                f"the net takes latents of shape {size}, these have {data.shape}; set "
+                f"net.input_size={data.shape[0]} net.in_channels={data.shape[2]}, or encode images "
+                "of another size"
+            )
+        if abs(data.scaling_factor / self.run.data.scaling_factor - 1) > 1e-6:
+            raise UserError(
+                f"data.scaling_factor={self.run.data.scaling_factor}, but that of the autoencoder "
+                f"of these latents is {data.scaling_factor}; set it to that"
             )

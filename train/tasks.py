@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ..model.nets.aim import AiMConfig
 from ..model.nets.dit import DiTConfig
+from ..model.nets.flexidit import FlexiDiTConfig
 from ..model.nets.mamba_lm import MambaConfig
 from ..model.nets.transformer_vq import TransformerVQConfig
 from ..model.nets.vq_tokenizer import VQTokenizerConfig
@@ -11,6 +12,7 @@ from .schema import Run
 from .task import Task
 from .task_codes import ClassCodesTask
 from .task_diffusion import DiffusionTask
+from .task_flexible import FlexibleTask
 from .task_text import LanguageModelTask
 from .task_tokenizer import TokenizerTask
 
@@ -19,6 +21,7 @@ TASKS: dict[type, type[Task]] = {
     MambaConfig: LanguageModelTask,
     AiMConfig: ClassCodesTask,
     DiTConfig: DiffusionTask,
+    FlexiDiTConfig: FlexibleTask,
     VQTokenizerConfig: TokenizerTask,
 }
 

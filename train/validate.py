@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 
 from ..model.layers.image_coder import check_channels
@@ -15,25 +14,38 @@ from ..model.nets.transformer_vq import TransformerVQConfig
 from ..model.nets.vq_tokenizer import VQTokenizerConfig
 from ..model.processes.adversarial import AdversarialReconstruction
 from ..model.processes.autoregressive import Autoregressive
+from ..model.processes.flexible import FlexibleDiffusion, FlexibleFlow
 from ..model.processes.flow import FlowMatching
 from ..model.processes.gaussian import GaussianDiffusion
 from .config_files import KINDS, unknown_kind
 from .errors import UserError
 from .override import leaves, matches, nearest, type_name
 from .loaded_diffusion import make_sampler, solver_options
-from .schema import CodeData, Data, DiffusionSample, ImageData, ImageSample, Run, Sample
+from .loaded_flexible import flexible_segments
+from .schema import (
+    CodeData,
+    Data,
+    DiffusionSample,
+    FlexibleSample,
+    ImageData,
+    ImageSample,
+    LatentData,
+    Run,
+    Sample,
+)
 from .task_tokenizer import check_perceptual
 
 _TEXT = {"data": Data, "process": Autoregressive, "sample": Sample}
 _IMAGES = {"sample": ImageSample}
 _DIFFUSION = {
-    "data": ImageData,
+    "data": (ImageData, LatentData),
     "process": (GaussianDiffusion, FlowMatching),
     "sample": DiffusionSample,
 }
 GOES_WITH = {
     DiTConfig: _DIFFUSION,
-    FlexiDiTConfig: _DIFFUSION,
+    FlexiDiTConfig: _DIFFUSION
+    | {"process": (FlexibleDiffusion, FlexibleFlow), "sample": FlexibleSample},
     TransformerVQConfig: _TEXT,
     MambaConfig: _TEXT,
     AiMConfig: _IMAGES | {"data": CodeData, "process": Autoregressive},
@@ -58,6 +70,7 @@ _CHOICES = {
     "process.gen_loss": ("hinge", "non_saturating"),
     "data.views": ("center", "flip", "ten"),
     "data.crop": ("random", "center"),
+    "sample.kind": ("cfg", "weak_uncond", "weak_cond"),
     "sample.method": ("ddpm", "ddim", "dpm++2m", "euler", "heun", "sde"),
     "data.filter": ("lanczos", "bicubic", "nearest"),
     "data.images.filter": ("lanczos", "bicubic", "nearest"),
@@ -169,14 +182,8 @@ def _check_relations(run: Run) -> None:
                 mixer.sizes()
         except ValueError as error:
             raise UserError(f"net: {error}") from error
-    if isinstance(net, DiTConfig):
+    if isinstance(net, DiTConfig | FlexiDiTConfig):
         _check_diffusion(run)
-    if isinstance(net, FlexiDiTConfig):
-        _check_diffusion(dataclasses.replace(run, net=net.base))
-        try:
-            check_config(net)
-        except ValueError as error:
-            raise UserError(f"net: {error}") from error
     if isinstance(net, VQTokenizerConfig):
         try:
             check_channels(net)
@@ -192,30 +199,35 @@ def _check_relations(run: Run) -> None:
 
 
 def _check_diffusion(run: Run) -> None:
-    net, sample = run.net, run.sample
-    _divides("net.input_size", net.input_size, "net.patch_size", net.patch_size)
-    _divides("net.d_model", net.d_model, "net.n_head", net.n_head)
+    flexible = isinstance(run.net, FlexiDiTConfig)
+    net, at = (run.net.base, "net.base") if flexible else (run.net, "net")
+    _divides(f"{at}.input_size", net.input_size, f"{at}.patch_size", net.patch_size)
+    _divides(f"{at}.d_model", net.d_model, f"{at}.n_head", net.n_head)
     if net.d_model % 4:
         raise UserError(
-            f"net.d_model={net.d_model} is not divisible by 4 (sines and cosines of rows and "
-            f"columns); set net.d_model={4 * max(1, round(net.d_model / 4))}"
+            f"{at}.d_model={net.d_model} is not divisible by 4 (sines and cosines of rows and "
+            f"columns); set {at}.d_model={4 * max(1, round(net.d_model / 4))}"
         )
     try:
         dit.make_mixer(net, parent=None)
-        make_sampler(dit.DiT(net), process=run.process, **solver_options(sample))
+        if flexible:
+            check_config(run.net)
+            for budget in run.sample.budgets:
+                flexible_segments(run.net, run.sample, budget)
+        make_sampler(dit.DiT(net), process=run.process, **solver_options(run.sample))
     except ValueError as error:
         raise UserError(str(error)) from error
     if isinstance(run.process, GaussianDiffusion):
         if net.learn_sigma != run.process.learns_variance:
             raise UserError(
-                f"process.variance={run.process.variance} and net.learn_sigma={net.learn_sigma} do "
-                f"not go together; set net.learn_sigma={str(not net.learn_sigma).lower()}"
+                f"process.variance={run.process.variance} and {at}.learn_sigma={net.learn_sigma} "
+                f"do not go together; set {at}.learn_sigma={str(not net.learn_sigma).lower()}"
             )
     if isinstance(run.data, ImageData) and (run.data.size, 3) != (net.input_size, net.in_channels):
         raise UserError(
             f"images have data.size={run.data.size} pixels and 3 channels, the net takes "
-            f"{net.input_size} and {net.in_channels}; set net.input_size={run.data.size} "
-            "net.in_channels=3"
+            f"{net.input_size} and {net.in_channels}; set {at}.input_size={run.data.size} "
+            f"{at}.in_channels=3"
         )
 
 

@@ -20,7 +20,7 @@ from ...train.schema import (
 
 config = Run(
     net=DiTConfig(
-        input_size=16, patch_size=2, in_channels=3, d_model=96, n_layer=4, n_head=4,
+        input_size=16, patch_size=4, in_channels=3, d_model=128, n_layer=4, n_head=4,
         num_classes=10, learn_sigma=False,
     ),
     process=FlowMatching(),
@@ -30,10 +30,10 @@ config = Run(
     ),
     ema=EMA(decay=0.99),
     sample=DiffusionSample(
-        method="heun", steps=25, guidance=2.0, count=100, columns=10, rows=100
+        method="euler", steps=25, guidance=2.0, count=100, columns=10, rows=100
     ),
     batch_size=64,
-    steps=600,
+    steps=1500,
     checkpoint=Checkpoint(every=0, keep=1),
     eval=Eval(every=0, batches=0),
     log=Log(every=20),

@@ -5,20 +5,54 @@ Everything here takes outputs or features, not nets: a task binds those.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
+from .flow import FlowMatching
+from .gaussian import GaussianDiffusion
+
 SIGMAS = (1.0, 2.0, 4.0, 8.0)
 KERNELS = ("poly3", "rbf")
 
 
-def mode_mixture(patch_sizes: Sequence[int], base: int, variant: str) -> dict[int, float]:
-    """How often each mode is trained: in the shared variant the base mode half of the time and the
-    others the other half in equal parts; with adapters (`lora`) the others only, since the base
-    mode has nothing to learn.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Objectives:
+    """What a weak mode learns from, besides what the process says; weights of terms of the loss.
+
+    Attributes:
+        denoise: the ordinary loss of the process.
+        distill: of following the powerful mode at the same noisy image, time and class.
+        distill_variance: of learned variances within that term.
+        powerful_share: how often the shared variant trains the base's own mode; the others have
+            equal parts of the rest.
+    """
+
+    denoise: float = 1.0
+    distill: float = 0.0
+    distill_variance: float = 1.0
+    powerful_share: float = 0.5
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FlexibleDiffusion(Objectives, GaussianDiffusion):
+    """Gaussian diffusion in several modes of one net."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FlexibleFlow(Objectives, FlowMatching):
+    """Flow matching in several modes of one net."""
+
+
+def mode_mixture(
+    patch_sizes: Sequence[int], base: int, variant: str, powerful_share: float = 0.5
+) -> dict[int, float]:
+    """How often each mode is trained: in the shared variant the base mode `powerful_share` of the
+    time and the others the rest in equal parts; with adapters (`lora`) the others only, since the
+    base mode has nothing to learn.
 
     Raises:
         ValueError: there is no mode besides the base mode to train with adapters.
@@ -26,7 +60,7 @@ def mode_mixture(patch_sizes: Sequence[int], base: int, variant: str) -> dict[in
     others = [p for p in patch_sizes if p != base]
     if variant == "lora" and not others:
         raise ValueError(f"patch sizes {tuple(patch_sizes)}: no mode besides the base has adapters")
-    whole = 1.0 if variant == "lora" else 0.5
+    whole = 1.0 if variant == "lora" else 1.0 - powerful_share
     shares = {p: whole / len(others) for p in others}
     return shares if variant == "lora" else {base: 1.0 - sum(shares.values())} | shares
 

@@ -1,0 +1,59 @@
+"""What a run trains on when its images are encoded first: token codes or latents."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from .data.codes import CodesInfo
+from .data.latents import LatentsInfo
+from .schema import CodeData, LatentData, Run
+from .stages import resolve
+
+FOLDERS = {CodeData: "codes", LatentData: "latents"}  # of a run, for what it encoded itself
+
+
+def encoded_dir(run: Run, run_dir: str | Path) -> Path | None:
+    """The folder of codes or latents that a run reads; None for other data."""
+    name = FOLDERS.get(type(run.data))
+    if name is None:
+        return None
+    return Path(run.data.path).expanduser() if run.data.path else Path(run_dir) / name
+
+
+def encode_data(run: Run, run_dir: str | Path) -> Path | None:
+    """`encoded_dir`, filled now if the run is to encode its images itself, and checked against the
+    tokenizer or autoencoder that the run names.
+
+    Raises:
+        UserError: what encodes is missing, or is not what encoded the folder.
+    """
+    folder = encoded_dir(run, run_dir)
+    if isinstance(run.data, CodeData) and run.data.tokenizer:  # else there is nothing to check
+        _codes(run, run_dir, folder)
+    if isinstance(run.data, LatentData) and run.data.autoencoder:
+        _latents(run, folder)
+    return folder
+
+
+def _codes(run: Run, run_dir: str | Path, folder: Path) -> None:
+    from .prepare import prepare_codes
+    from .tokenizer import check_fingerprint, load_tokenizer
+
+    data = run.data
+    tokenizer = load_tokenizer(resolve(data.tokenizer, run_dir))
+    if data.path:
+        check_fingerprint(CodesInfo.finished(folder).tokenizer, tokenizer, f"{folder} holds")
+    else:
+        prepare_codes(data.images, tokenizer, folder, views=data.views, resizes=data.resizes)
+
+
+def _latents(run: Run, folder: Path) -> None:
+    from .autoencoder import check_autoencoder, load_autoencoder
+    from .prepare import prepare_latents
+
+    data = run.data
+    autoencoder = load_autoencoder(data.autoencoder)
+    if data.path:
+        check_autoencoder(LatentsInfo.finished(folder).autoencoder, autoencoder, f"{folder} holds")
+    else:
+        prepare_latents(data.images, autoencoder, folder)

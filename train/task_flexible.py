@@ -1,0 +1,90 @@
+"""Training of a FlexiDiT: one net, several patch sizes (arXiv 2502.20126)."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from ..model.nets.dit import DiT
+from ..model.nets.flexidit import init_params, mode_config, mode_params
+from ..model.processes.flexible import distillation_loss, draw_mode, mode_mixture
+from .task_diffusion import DiffusionTask
+
+
+class FlexibleTask(DiffusionTask):
+    """The objectives of `run.process` in one patch size per update, which the step number decides.
+
+    With adapters ("lora") the base is in `stats`, where nothing learns: no gradient, no optimiser
+    state, no moving average. Validation has the loss of the base's own patch size, and `loss_p4`
+    and so on of the others.
+    """
+
+    @property
+    def dit(self):
+        return self.run.net.base
+
+    @property
+    def modes(self):
+        net, process = self.run.net, self.run.process
+        return mode_mixture(
+            net.patch_sizes, net.powerful, net.variant, powerful_share=process.powerful_share
+        )
+
+    def mode_at(self, step):
+        return draw_mode(self.modes, self.run.seed, step)
+
+    def init(self, key):
+        return split_base(init_params(self.run.net, key))
+
+    def _losses(self, params, stats, x, labels, t, noise, rngs):
+        net, process = self.run.net, self.run.process
+        tree = {**params, **stats}
+        mode = self.mode or net.powerful
+        # One draw for both modes: classes are dropped here, not in the net.
+        if rngs and self.dit.class_dropout:
+            drop = jax.random.bernoulli(rngs["dropout"], self.dit.class_dropout, labels.shape)
+            labels = jnp.where(drop, self.dit.num_classes, labels)
+        outputs = {}
+
+        def denoise(x_t, time, patch=mode):
+            precision = self.run.precision
+            dit = DiT(mode_config(net, patch), self.dtype, precision.remat, precision.unroll)
+            own = mode_params(net, tree, patch)
+            outputs["weak"], outputs["seen"] = dit.apply({"params": own}, x_t, time, labels)[0], x_t
+            outputs["time"] = time
+            return outputs["weak"]
+
+        losses, parts = self._process.training_loss(process, denoise, x, t, noise)
+        losses = process.denoise * losses
+        if process.distill and mode != net.powerful:
+            weak = outputs["weak"]
+            powerful = denoise(outputs["seen"], outputs["time"], net.powerful)
+            extra, more = distillation_loss(
+                weak, powerful, x.shape[-1], variance_weight=process.distill_variance
+            )
+            losses, parts = losses + process.distill * extra, parts | more
+        return losses, parts
+
+    def _validation_parts(self, params, stats, x, labels, t, noise) -> dict[str, Array]:
+        plain = dataclasses.replace(self.run.process, denoise=1.0, distill=0.0)
+        run = dataclasses.replace(self.run, process=plain)
+        out = {}
+        for patch in (self.run.net.powerful, *self.run.net.others):
+            task = FlexibleTask(run, patch)
+            losses, parts = task._losses(params, stats, x, labels, t, noise, {})
+            if patch == self.run.net.powerful:
+                out |= parts | {"loss": losses}
+            else:
+                out[f"loss_p{patch}"] = losses
+        return out
+
+
+def split_base(tree: dict[str, Any]) -> dict[str, Any]:
+    """{"params", "stats"} of a FlexiDiT's whole tree: a frozen base is no parameter."""
+    params = dict(tree)
+    base = params.pop("base", None)
+    return {"params": params, "stats": {} if base is None else {"base": base}}
