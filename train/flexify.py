@@ -13,6 +13,9 @@ import numpy as np
 
 from ..model.nets.dit import DiT, DiTConfig
 from ..model.nets.flexidit import FlexiDiTConfig, flexify, mode_flops
+from ..model.processes.flexible import FlexibleDiffusion, FlexibleFlow
+from ..model.processes.flow import FlowMatching
+from ..model.processes.gaussian import GaussianDiffusion
 from . import convert_dit
 from .arrays import config_beside, must_be_new, read_arrays, read_hyperparameters
 from .checkpoint import FOLDER, restore_inference, save_inference
@@ -20,7 +23,8 @@ from .config_files import read_config, save_config
 from .convert import recognise
 from .errors import UserError
 from .override import apply_overrides
-from .schema import Run
+from .schema import FlexibleSample, Run
+from .task_flexible import split_base
 from .validate import validate
 
 EXAMPLES = """\
@@ -76,8 +80,9 @@ def run_command(arguments: argparse.Namespace) -> None:
     others = ", ".join(map(str, net.others))
     if others:
         print(
-            f"Patch size {others} has learned nothing yet. Fine-tune with the DiT's settings:\n"
-            f"  lintime train CONFIG init_from={out}"
+            f"Patch size {others} has learned nothing yet. Fine-tune, then draw at a budget:\n"
+            f"  lintime train CONFIG init_from={out}\n"
+            f"  lintime sample --run {out} sample.budgets=1,0.6"
         )
 
 
@@ -128,7 +133,11 @@ def flexify_run(
     run, params = _trained_dit(Path(source), layout, told)
     base = run.net
     net = FlexiDiTConfig(base=base, patch_sizes=tuple(patch_sizes), variant=variant)
-    run = apply_overrides(dataclasses.replace(run, net=net, init_from="", stages=()), overrides)
+    run = dataclasses.replace(
+        run, net=net, process=flexible_process(run.process, variant),
+        sample=FlexibleSample(**vars(run.sample)), init_from="", stages=(),
+    )  # fmt: skip
+    run = apply_overrides(run, overrides)
     if run.net.base != base:
         raise UserError(
             f"net.base is the DiT of {source} and cannot be changed; leave out "
@@ -139,10 +148,18 @@ def flexify_run(
         params = flexify(run.net, params, jax.random.key(seed))
     except ValueError as error:
         raise UserError(f"net: {error}") from error
-    variables = {"params": jax.tree.map(np.asarray, params), "stats": {}}
+    variables = split_base(jax.tree.map(np.asarray, params))
     save_inference(out, variables, 0, {"flexified_from": str(source)})
     save_config(run, out / "config.json")
     return run
+
+
+def flexible_process(process: GaussianDiffusion | FlowMatching, variant: str):
+    """The process with the objectives of a FlexiDiT: what the net was trained for, or with adapters
+    ("lora") following the powerful mode alone."""
+    terms = {"denoise": 0.0, "distill": 1.0} if variant == "lora" else {}
+    kind = FlexibleFlow if isinstance(process, FlowMatching) else FlexibleDiffusion
+    return kind(**vars(process), **terms)
 
 
 def _trained_dit(
