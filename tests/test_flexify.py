@@ -87,7 +87,7 @@ def almost(a, b):
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
 def test_published_weights(dit_params, suffix, tmp_path):
     file = tmp_path / f"DiT{suffix}"
-    flat = {n: np.array(a) for n, a in dit_to_reference(dit_params, NET).items()}
+    flat = {n: np.ascontiguousarray(a) for n, a in dit_to_reference(dit_params, NET).items()}
     if suffix == ".pt":
         torch = pytest.importorskip("torch")
         torch.save({"ema": {n: torch.from_numpy(a) for n, a in flat.items()}}, file)

@@ -15,7 +15,6 @@ from ..model.nets.dit import DiT, DiTConfig
 from ..model.nets.flexidit import FlexiDiTConfig, flexify, mode_flops
 from ..model.processes.flexible import FlexibleDiffusion, FlexibleFlow
 from ..model.processes.flow import FlowMatching
-from ..model.processes.gaussian import GaussianDiffusion
 from . import convert_dit
 from .arrays import config_beside, must_be_new, read_arrays, read_hyperparameters
 from .checkpoint import FOLDER, restore_inference, save_inference
@@ -133,11 +132,7 @@ def flexify_run(
     run, params = _trained_dit(Path(source), layout, told)
     base = run.net
     net = FlexiDiTConfig(base=base, patch_sizes=tuple(patch_sizes), variant=variant)
-    run = dataclasses.replace(
-        run, net=net, process=flexible_process(run.process, variant),
-        sample=FlexibleSample(**vars(run.sample)), init_from="", stages=(),
-    )  # fmt: skip
-    run = apply_overrides(run, overrides)
+    run = apply_overrides(flexible_run(run, net), overrides)
     if run.net.base != base:
         raise UserError(
             f"net.base is the DiT of {source} and cannot be changed; leave out "
@@ -148,18 +143,25 @@ def flexify_run(
         params = flexify(run.net, params, jax.random.key(seed))
     except ValueError as error:
         raise UserError(f"net: {error}") from error
-    variables = split_base(jax.tree.map(np.asarray, params))
+    variables = jax.tree.map(np.asarray, split_base(params))
     save_inference(out, variables, 0, {"flexified_from": str(source)})
     save_config(run, out / "config.json")
     return run
 
 
-def flexible_process(process: GaussianDiffusion | FlowMatching, variant: str):
-    """The process with the objectives of a FlexiDiT: what the net was trained for, or with adapters
-    ("lora") following the powerful mode alone."""
-    terms = {"denoise": 0.0, "distill": 1.0} if variant == "lora" else {}
-    kind = FlexibleFlow if isinstance(process, FlowMatching) else FlexibleDiffusion
-    return kind(**vars(process), **terms)
+def flexible_run(run: Run, net: FlexiDiTConfig) -> Run:
+    """The run of a DiT with another net, and process and samples as that takes them.
+
+    Modes of the shared variant learn what the net was trained for; adapters ("lora") follow the
+    powerful mode alone.
+    """
+    flow = isinstance(run.process, FlowMatching)
+    terms = {"denoise": 0.0, "distill": 1.0} if net.variant == "lora" else {}
+    process = (FlexibleFlow if flow else FlexibleDiffusion)(**vars(run.process), **terms)
+    sample = FlexibleSample(**vars(run.sample))
+    return dataclasses.replace(
+        run, net=net, process=process, sample=sample, init_from="", stages=()
+    )
 
 
 def _trained_dit(

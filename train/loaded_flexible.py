@@ -67,7 +67,7 @@ def flexible_segments(
         ValueError: a budget that cannot be met, or no such patch size.
     """
     weak = s.weak or config.weak
-    fixed = dict(powerful=config.powerful, weak=weak, guidance=s.kind)
+    fixed = dict(powerful=config.powerful, weak=weak, guidance=s.guide)
     segments = plan(s.steps, mode_costs(config), budget=budget, **fixed)
     if not s.weak_guidance:
         return segments

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from ..model.partition import unsharded
-from .checkpoint import Checkpoints, restore_inference
+from .checkpoint import Checkpoints
 from .config_files import check_continuation, read_config, save_config
 from .data.open import open_split
 from .encoding import encode_data
@@ -28,6 +28,7 @@ from .schema import Checkpoint, Run
 from .stages import check_stages, is_finished, resolve, stage_dir, stages_of
 from .state import TrainState
 from .step import init_state, jit_step, make_train_step
+from .task import Task
 from .tasks import make_task
 from .track import Tracker, plot_curves, truncate_metrics
 
@@ -124,7 +125,7 @@ def train(
             init = jax.jit(lambda k: init_state(task, run, k), out_shardings=shardings)
             state = init(jax.random.key(run.seed))
         if run.init_from:
-            state = _start_from(resolve(run.init_from, run_dir), state, abstract)
+            state = _start_from(task, resolve(run.init_from, run_dir), state, abstract)
     if primary:
         save_config(run, saved_config)
         truncate_metrics(run_dir / "metrics.jsonl", start)
@@ -259,11 +260,11 @@ def _check_fingerprint(saved: dict | None, now: dict) -> None:
                 )
 
 
-def _start_from(path: str, state: TrainState, abstract: TrainState) -> TrainState:
+def _start_from(task: Task, path: str, state: TrainState, abstract: TrainState) -> TrainState:
     """Weights and codebooks of another run or converted checkpoint; optimiser and step stay new."""
     wanted = {"params": abstract.params, "stats": abstract.stats}
     try:
-        loaded = restore_inference(path, wanted)
+        loaded = task.start_from(path, wanted)
     except UserError as error:
         raise UserError(f"init_from={path}: {error}") from error
     state = state.replace(params=loaded["params"], stats=loaded["stats"])

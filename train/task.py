@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
+from .checkpoint import restore_inference
 from .optimizers import make_optimizer
 from .schema import Run
 
@@ -76,6 +77,17 @@ class Task(abc.ABC):
     def abstract(self) -> dict[str, Any]:
         """{"params", "stats"} as far as inference needs them, as ShapeDtypeStructs."""
         return jax.eval_shape(self.init, jax.random.key(0))
+
+    def start_from(self, path: str, wanted: dict[str, Any]) -> dict[str, Any]:
+        """{"params", "stats"} to begin training with, from another run or a converted checkpoint.
+
+        Args:
+            path: its directory. wanted: their shapes and shardings.
+
+        Raises:
+            UserError: nothing there, or weights of another model.
+        """
+        return restore_inference(path, wanted)
 
     def init_carry(self, batch_size: int) -> Any:
         """Recurrent state between updates, batch on axis 1 of every leaf; {} if there is none."""

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from ..model.nets.dit import DiT
-from ..model.nets.flexidit import init_params, mode_config, mode_params
+from ..model.nets.dit import DiT, DiTConfig
+from ..model.nets.flexidit import flexify, init_params, mode_config, mode_params
+from ..model.partition import parameter_shardings
 from ..model.processes.flexible import distillation_loss, draw_mode, mode_mixture
+from .checkpoint import restore_inference
+from .config_files import read_config
 from .task_diffusion import DiffusionTask
 
 
@@ -39,6 +43,25 @@ class FlexibleTask(DiffusionTask):
 
     def init(self, key):
         return split_base(init_params(self.run.net, key))
+
+    def start_from(self, path, wanted):
+        """A FlexiDiT's weights, or those of the DiT that is to become flexible."""
+        saved = Path(path).expanduser() / "config.json"
+        if not saved.is_file() or not isinstance(read_config(saved).net, DiTConfig):
+            return super().start_from(path, wanted)
+        mesh = jax.tree.leaves(wanted)[0].sharding.mesh
+        plain = DiffusionTask(dataclasses.replace(self.run, net=self.dit))
+        base = jax.eval_shape(plain.init, jax.random.key(0))["params"]
+        base = jax.tree.map(
+            lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s),
+            base, parameter_shardings(base, mesh),
+        )  # fmt: skip
+        base = restore_inference(path, {"params": base, "stats": {}})["params"]
+        made = jax.jit(
+            lambda params, key: split_base(flexify(self.run.net, params, key)),
+            out_shardings=jax.tree.map(lambda a: a.sharding, wanted),
+        )
+        return made(base, jax.random.key(self.run.seed))
 
     def _losses(self, params, stats, x, labels, t, noise, rngs):
         net, process = self.run.net, self.run.process

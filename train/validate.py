@@ -70,7 +70,7 @@ _CHOICES = {
     "process.gen_loss": ("hinge", "non_saturating"),
     "data.views": ("center", "flip", "ten"),
     "data.crop": ("random", "center"),
-    "sample.kind": ("cfg", "weak_uncond", "weak_cond"),
+    "sample.guide": ("cfg", "weak_uncond", "weak_cond"),
     "sample.method": ("ddpm", "ddim", "dpm++2m", "euler", "heun", "sde"),
     "data.filter": ("lanczos", "bicubic", "nearest"),
     "data.images.filter": ("lanczos", "bicubic", "nearest"),
