@@ -30,11 +30,16 @@ from lintime.model.nets.flexidit import (
     materialise,
     merge_lora,
     mode_config,
+    mode_flops,
     mode_params,
     trainable,
     unmerge_lora,
 )
 from lintime.model.processes.flexible import distillation_loss, draw_mode, mmd, mode_mixture
+from lintime.model.processes.gaussian import GaussianDiffusion
+from lintime.model.sampling.budget import plan
+from lintime.model.sampling.classes import row_keys
+from lintime.model.sampling.diffusion import Segment, make_diffusion_sampler
 
 BASE = DiTConfig(
     input_size=8, patch_size=2, in_channels=2, d_model=16, n_layer=2, n_head=2, num_classes=3
@@ -258,6 +263,54 @@ def test_an_optimiser_of_what_trains(dit):
                  for name, tree in updates.items()}  # fmt: skip
         expected = {"base": False, "modes": True} if config is LORA else dict.fromkeys(params, True)
         assert moved == expected
+
+
+# ---------------------------------------------------------------- samplers
+
+
+def sample(denoise, variables, segments, method="ddim", guidance=2.0):
+    sampler = make_diffusion_sampler(
+        denoise, GaussianDiffusion(), method=method, segments=segments, shape=(8, 8, 2),
+        guidance_channels=0, null_label=3,
+    )  # fmt: skip
+    keys = row_keys(jax.random.key(0), 2)
+    return jax.jit(lambda v: sampler(v, keys, jnp.asarray([0, 1]), guidance=guidance))(variables)
+
+
+def test_no_weak_steps_is_the_plain_sampler_bit_for_bit(dit):
+    params = flexify(LORA, dit, jax.random.key(0))
+    segments = plan(3, mode_flops(LORA), weak_steps=0, weak=4, powerful=2)
+    got = sample(flexible_denoiser(LORA), materialise(LORA, params), segments)
+    alone = lambda params, x, t, labels, mode: DiT(BASE).apply({"params": params}, x, t, labels)[0]
+    np.testing.assert_array_equal(got, sample(alone, dit, (Segment(steps=3),)))
+
+
+@pytest.mark.parametrize("guidance", ["cfg", "weak_uncond", "weak_cond", "none"])
+def test_every_step_calls_the_modes_of_its_segment(guidance):
+    """Denoisers that answer with their mode and label: what is mixed shows in the image."""
+    calls = []
+
+    def denoise(variables, x, t, labels, mode):
+        calls.append((mode, len(labels)))
+        return jnp.zeros((*x.shape[:-1], 2 * x.shape[-1])) + 0.1 * variables[mode]
+
+    segments = plan(4, {2: 4.0, 4: 1.0}, levels=[(4, 1)], weak=4, powerful=2, guidance=guidance)
+    out = sample(denoise, {2: jnp.ones(()), 4: -jnp.ones(())}, segments)
+    assert jnp.isfinite(out).all()
+    weak = [(4, 2)] if guidance == "none" else [(4, 4)]
+    powerful = {"cfg": [(2, 4)], "none": [(2, 2)]}.get(guidance, [(2, 2), (4, 2)])
+    assert list(dict.fromkeys(calls)) == list(dict.fromkeys(weak + powerful))
+
+
+@pytest.mark.parametrize("method", ["ddpm", "dpm++2m", "heun"])
+def test_solvers_take_any_list_of_modes(dit, method):
+    params = noisy(flexify(LORA, dit, jax.random.key(0)), 9)
+    modes = materialise(LORA, params)
+    both = plan(3, mode_flops(LORA), modes=[4, 2, 4], weak=4, powerful=2, guidance="none")
+    out = sample(flexible_denoiser(LORA), modes, both, method, None)
+    weak = plan(3, mode_flops(LORA), weak_steps=3, weak=4, powerful=2, guidance="none")
+    other = sample(flexible_denoiser(LORA), modes, weak, method, None)
+    assert jnp.isfinite(out).all() and jnp.abs(out - other).max() > 1e-3
 
 
 # ---------------------------------------------------------------- layout
