@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from lintime.model.processes.flow import FlowMatching
-from lintime.model.processes.gaussian import GaussianDiffusion
+from lintime.model.processes.gaussian import GaussianDiffusion, gaussian_tables
 from lintime.model.sampling.classes import row_keys
 from lintime.model.sampling.diffusion import Segment, make_diffusion_sampler, make_trajectory
 from lintime.model.sampling.solvers import SDE
@@ -237,6 +237,37 @@ def test_clipping():
         options = dict(denoise=big, clip=True)
         x = sample(process, method, Segment(steps=4), **options)
         np.testing.assert_allclose(x, 1.0, atol=1e-5, err_msg=method)
+
+
+def test_noise_is_implied_by_the_clipped_image():
+    """DDIM goes on from (x, clipped x_start), not from what the net said of the noise."""
+    tables = gaussian_tables(GAUSSIAN, "4")
+    big = lambda variables, x, t, labels, mode: jnp.full((*x.shape[:-1], 8), 3.0)
+    trajectory = make_trajectory(
+        big, GAUSSIAN, method="ddim", segments=[Segment(steps=4)], eta=0.6, clip=True
+    )
+    x, z = (jax.random.normal(jax.random.key(i), (3, *SHAPE)) for i in (0, 1))
+    _, seen = trajectory(1.0, x, lambda k: z, LABELS, record=True)
+    level, prev = tables.alphas_cumprod[3], tables.alphas_cumprod_prev[3]
+    sigma = 0.6 * np.sqrt((1 - prev) / (1 - level) * (1 - level / prev))
+    eps = (x - np.sqrt(level)) / np.sqrt(1 - level)  # of x_start = 1
+    expected = np.sqrt(prev) + np.sqrt(1 - prev - sigma**2) * eps + sigma * z
+    np.testing.assert_allclose(seen["x"][0], expected, atol=1e-5)
+    np.testing.assert_array_equal(seen["x_start"], 1.0)
+    np.testing.assert_allclose(seen["x"][-1], 1.0, atol=1e-6)
+
+
+def test_rows_on_devices():
+    """Rows spread over devices are the same images, and stay spread."""
+    devices = jax.devices()[:4]
+    mesh = jax.sharding.Mesh(np.array(devices), ("data",))
+    rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+    sampler = sampler_of(GAUSSIAN, "ddpm", Segment(steps=3))
+    run = quick_jit(lambda k, y: sampler(1.0, k, y, guidance=2.0))
+    labels = jnp.arange(8)
+    spread = run(jax.device_put(keys(8), rows), jax.device_put(labels, rows))
+    np.testing.assert_allclose(spread, run(keys(8), labels), atol=1e-5)
+    assert spread.sharding.is_equivalent_to(rows, spread.ndim)
 
 
 # ---------------------------------------------------------------- refused

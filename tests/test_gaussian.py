@@ -169,6 +169,18 @@ def test_likelihood_of_all_bins_is_one():
         assert float(jnp.exp(log_p[at])) == pytest.approx(2 / 255 * density, rel=0.02, abs=1e-6)
 
 
+def test_tails_to_the_last_bit():
+    """What is left of 1 - tanh in float32 makes the logs of tail probabilities."""
+    y = np.linspace(0.6, 9, 2000, dtype=np.float32)
+    got = np.asarray(quick_jit(gaussian._tanh)(y))
+    exact = np.tanh(y.astype(np.float64)).astype(np.float32)
+    assert np.max(np.abs(got - exact)) <= 2.0**-24
+    assert np.mean(got != exact) < 0.05
+    np.testing.assert_array_equal(quick_jit(gaussian._tanh)(-y), -got)
+    slope = quick_jit(jax.vmap(jax.grad(gaussian._tanh)))(jnp.array([-50.0, -0.3, 0.0, 0.3, 1.0]))
+    np.testing.assert_allclose(slope, 1 - np.tanh([-50, -0.3, 0, 0.3, 1.0]) ** 2, rtol=1e-5)
+
+
 # ---------------------------------------------------------------- losses
 
 
