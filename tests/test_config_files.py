@@ -23,6 +23,8 @@ from lintime.train.override import apply_overrides, leaves
 from lintime.train.schema import Run
 from lintime.train.validate import validate
 
+pytestmark = pytest.mark.host
+
 RUN = Run(net=TransformerVQConfig())
 GOOD = '''
 """My own experiment."""

@@ -15,6 +15,8 @@ from lintime.train.cli import main
 from tests.tiny import quick, read_lines, write_config
 from tests.tiny_images import CLASSES, SIZE, aim_run, write_images
 
+pytestmark = pytest.mark.host
+
 
 @pytest.fixture(scope="module", autouse=True)
 def fast():
@@ -252,14 +254,13 @@ def test_prepare_codes_then_train_on_them(cli, config, run, tmp_path):
 
 @pytest.mark.multiprocess
 @pytest.mark.slow
-def test_two_processes_make_the_pipeline_of_one(config, tmp_path):
-    from tests.test_multiprocess import run_one, run_two
+def test_two_processes_make_the_pipeline_of_one(config, trained, tmp_path):
+    from tests.test_multiprocess import run_two
 
-    two, one = tmp_path / "two", tmp_path / "one"
+    two, one = tmp_path / "two", trained[0]
     outputs = run_two("train", config, "--run", two)
     assert "4 cpu device(s)" in outputs[0] and "images: " in outputs[0]
     assert "step 4/4" not in outputs[1] and "encoding" not in outputs[1]
-    run_one("train", config, "--run", one)
     for part in ("stages/0", ""):
         a, b = read_lines(two / part), read_lines(one / part)
         assert [line.keys() for line in a] == [line.keys() for line in b]
