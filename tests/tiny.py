@@ -92,9 +92,11 @@ def values(lines: list[dict], key: str) -> list[float]:
 
 
 def abstract_state(run: Run, device=None):
-    """ShapeDtypeStructs of the state on one device."""
+    """ShapeDtypeStructs of the state on one device, as checkpoints hold it."""
     task, place = make_task(run), jax.sharding.SingleDeviceSharding(device or jax.devices()[0])
     shapes = jax.eval_shape(lambda k: init_state(task, run, k), jax.random.key(0))
+    fixed = task.fixed_stats()
+    shapes = shapes.replace(stats={k: v for k, v in shapes.stats.items() if k not in fixed})
     return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place), shapes)
 
 

@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from ..model.partition import unsharded
+from ..model.partition import path_string, unsharded
 from .checkpoint import Checkpoints, restore_inference
 from .config_files import check_continuation, read_config, save_config
 from .data.codes import finished_codes
@@ -95,6 +97,10 @@ def train(
     task.check_data(train_data)
     meta = {"fingerprint": {"train": train_data.fingerprint, "validation": val_data.fingerprint}}
 
+    fixed = task.fixed_stats()
+    if fixed:
+        meta["fixed"] = {name: _digest(tree) for name, tree in fixed.items()}
+
     # ---- mesh and state -----------------------------------------------------------------------
     mesh = make_mesh(run.mesh, devices)
     check_batch(run, mesh)
@@ -111,17 +117,20 @@ def train(
 
     # ---- resume, or start ---------------------------------------------------------------------
     checkpoints = Checkpoints(run_dir, run.checkpoint)
-    start = checkpoints.latest_step()
+    start, new = checkpoints.latest_step(), []
     if start is not None:
         _check_fingerprint(checkpoints.meta(start).get("fingerprint"), meta["fingerprint"])
-        state = checkpoints.restore(abstract, start)
+        _check_fixed(checkpoints.meta(start).get("fixed") or {}, meta.get("fixed") or {})
+        state = checkpoints.restore(_without(abstract, fixed), start)
+        state = state.replace(stats=state.stats | _placed(fixed, shardings.stats))
     else:
         start = 0
         with jax.set_mesh(mesh):
             init = jax.jit(lambda k: init_state(task, run, k), out_shardings=shardings)
             state = init(jax.random.key(run.seed))
         if run.init_from:
-            state = _start_from(resolve(run.init_from, run_dir), state, abstract)
+            path = resolve(run.init_from, run_dir)
+            state, new = _start_from(path, state, _without(abstract, fixed), task.optional)
     if primary:
         save_config(run, saved_config)
         truncate_metrics(run_dir / "metrics.jsonl", start)
@@ -136,6 +145,8 @@ def train(
         + (f", continuing at step {start}" if start else "")
     )
 
+    if new:
+        tracker.message(f"init_from={path}: it has no {', '.join(new)}, which starts fresh")
     if whole := unsharded(abstract.params, mesh):
         tracker.message(
             f"kept whole on every device, fsdp does not divide them: {', '.join(whole)}"
@@ -149,7 +160,8 @@ def train(
     def finish_update(number: int, metrics: Any) -> None:
         values = {k: v.item() for k, v in jax.device_get(metrics).items()}
         if not values.pop("ok"):
-            raise UserError(_keep_failure(run_dir, number - 1, state, train_data, rows, meta))
+            kept = _without(state, fixed)
+            raise UserError(_keep_failure(run_dir, number - 1, kept, train_data, rows, meta))
         values |= clock.tick()
         tracker.progress(number, values)
         if number % run.log.every == 0 or number == run.steps:
@@ -169,7 +181,7 @@ def train(
             if step > start:  # a finished run that is called again has this line already
                 tracker.log(step, line)
         if final or _due(step, run.checkpoint.every):
-            checkpoints.save(state, meta, val_loss)
+            checkpoints.save(_without(state, fixed), meta, val_loss)
         clock.pause()
 
     try:
@@ -205,7 +217,7 @@ def train(
             # ---- the end, or the save before leaving -------------------------------------------
             if stopped:
                 tracker.message(f"{stopped}: saving step {step} and leaving")
-                checkpoints.save(state, meta)
+                checkpoints.save(_without(state, fixed), meta)
             else:
                 save_and_validate(final=True)
             checkpoints.close()
@@ -275,12 +287,50 @@ def _check_fingerprint(saved: dict | None, now: dict) -> None:
                 )
 
 
-def _start_from(path: str, state: TrainState, abstract: TrainState) -> TrainState:
-    """Weights and codebooks of another run or converted checkpoint; optimiser and step stay new."""
+def _check_fixed(saved: dict, now: dict) -> None:
+    for name in sorted(now):
+        if saved.get(name) != now[name]:
+            raise UserError(
+                f"the {name} weights are not those that this run was trained with (sha256 was "
+                f"{saved.get(name)}, is {now[name]}); restore their file, or start anew with "
+                "--fresh"
+            )
+
+
+def _without(state: TrainState, fixed: Collection[str]) -> TrainState:
+    """The state as checkpoints hold it."""
+    return state.replace(stats={k: v for k, v in state.stats.items() if k not in fixed})
+
+
+def _placed(fixed: dict[str, Any], shardings: dict[str, Any]) -> dict[str, Any]:
+    put = lambda a, s: jax.make_array_from_callback(a.shape, s, lambda i: np.array(a[i]))
+    return {name: jax.tree.map(put, tree, shardings[name]) for name, tree in fixed.items()}
+
+
+def _digest(tree: Any) -> str:
+    """sha256 of names, shapes, dtypes and bytes."""
+    digest = hashlib.sha256()
+    for path, array in jax.tree_util.tree_leaves_with_path(tree):
+        digest.update(f"{path_string(path)} {array.shape} {array.dtype}".encode())
+        digest.update(np.ascontiguousarray(array).data)
+    return digest.hexdigest()
+
+
+def _start_from(
+    path: str, state: TrainState, abstract: TrainState, optional: Collection[str]
+) -> tuple[TrainState, list[str]]:
+    """Weights and codebooks of another run or converted checkpoint; optimiser and step stay new.
+
+    Also the names among `optional` that the checkpoint lacks: they stay new as well.
+    """
     wanted = {"params": abstract.params, "stats": abstract.stats}
     try:
-        loaded = restore_inference(path, wanted)
+        loaded = restore_inference(path, wanted, optional=optional)
     except UserError as error:
         raise UserError(f"init_from={path}: {error}") from error
-    state = state.replace(params=loaded["params"], stats=loaded["stats"])
-    return state.replace(ema=jax.tree.map(jax.numpy.copy, loaded["params"])) if state.ema else state
+    new = [n for n in optional if any(n in wanted[k] and n not in loaded[k] for k in wanted)]
+    params = state.params | loaded["params"]
+    state = state.replace(params=params, stats=state.stats | loaded["stats"])
+    if state.ema:
+        state = state.replace(ema=jax.tree.map(jax.numpy.copy, params))
+    return state, new

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -27,12 +27,15 @@ class Task(abc.ABC):
         run: the config.
         metric: name of the system's own metric, shown beside the loss.
         unit: what speed is counted in: "tokens" or "images".
+        optional: top-level parts of `params` and `stats` that a checkpoint named by `init_from` may
+            lack; they start new.
     """
 
     run: Run
 
     metric = "loss"
     unit = "images"
+    optional: ClassVar[tuple[str, ...]] = ()
 
     @property
     @abc.abstractmethod
@@ -60,6 +63,13 @@ class Task(abc.ABC):
     def abstract(self) -> dict[str, Any]:
         """{"params", "stats"} as far as inference needs them, as ShapeDtypeStructs."""
         return jax.eval_shape(self.init, jax.random.key(0))
+
+    def fixed_stats(self) -> dict[str, Any]:
+        """Top-level parts of `stats` that never change and come from files, as NumPy arrays.
+
+        They are read anew when a run continues, and are no part of its checkpoints.
+        """
+        return {}
 
     def init_carry(self, batch_size: int) -> Any:
         """Recurrent state between updates, batch on axis 1 of every leaf; {} if there is none."""
