@@ -21,12 +21,12 @@ from .checkpoint import Checkpoints, restore_inference
 from .config_files import check_continuation, read_config, save_config
 from .data.codes import finished_codes
 from .data.open import open_split
-from .errors import UserError
+from .errors import UserError, told_as
 from .evaluate import make_evaluator
 from .launch import StopRequest, agree, stop_on_signals
 from .mesh import check_batch, local_rows, make_mesh, put_batch, state_shardings
 from .metrics import Clock
-from .schema import Checkpoint, CodeData, Run
+from .schema import Checkpoint, CodeData, ImageData, Run
 from .stages import check_stages, codes_dir, is_finished, resolve, stage_dir, stages_of
 from .state import TrainState
 from .step import init_state, make_train_step
@@ -87,7 +87,9 @@ def train(
                 "that all share"
             )
         if not finished:
-            result = train(stage, folder, devices=devices)
+            own = [(r"\bdata\.path\b", "data.images.path")] if _lends_images(run, number) else []
+            with told_as(*own):
+                result = train(stage, folder, devices=devices)
             if result.stopped:
                 return dataclasses.replace(result, where=f"stage {number}")
     codes = _codes(run, run_dir)
@@ -229,6 +231,22 @@ def train(
     return Result(run_dir, step, last_val, stopped)
 
 
+# `prepare codes` names its images data and its folder --out.
+_IMAGE_FIELDS = "|".join(field.name for field in dataclasses.fields(ImageData))
+_CODES_IN_A_RUN = (
+    (rf"\bdata\.({_IMAGE_FIELDS})\b", r"data.images.\1"),
+    ("give another --out, or (delete the folder|empty it)", "remove it, or start with --fresh"),
+)
+
+
+def _lends_images(run: Run, number: int) -> bool:
+    """Whether a stage has the images of its run."""
+    stage = run.stages[number]
+    return (
+        isinstance(run.data, CodeData) and isinstance(stage.data, ImageData) and not stage.data.path
+    )
+
+
 def _codes(run: Run, run_dir: Path) -> Path | None:
     """The folder of codes to train on, made now if the run is to make it; None for other data."""
     if not isinstance(run.data, CodeData):
@@ -243,9 +261,10 @@ def _codes(run: Run, run_dir: Path) -> Path | None:
     if run.data.path:
         check_fingerprint(finished_codes(folder).tokenizer, tokenizer, f"{folder} holds")
     else:
-        prepare_codes(
-            run.data.images, tokenizer, folder, views=run.data.views, resizes=run.data.resizes
-        )
+        with told_as(*_CODES_IN_A_RUN):
+            prepare_codes(
+                run.data.images, tokenizer, folder, views=run.data.views, resizes=run.data.resizes
+            )
     return folder
 
 

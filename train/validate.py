@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from ..model.nets import aim, mamba_lm
 from ..model.nets.aim import AiMConfig
@@ -165,6 +166,7 @@ def _check_relations(run: Run) -> None:
             )
     if isinstance(run.data, CodeData):
         _check_codes(run)
+    _check_used(run)
 
 
 def _check_kinds(run: Run) -> None:
@@ -177,6 +179,36 @@ def _check_kinds(run: Run) -> None:
                 f"a run of {type(run.net).__name__} needs {part}={kind.__name__}(...), it has "
                 f"{have.__name__}; change the config file"
             )
+
+
+def _check_used(run: Run) -> None:
+    """Refuses settings that this kind of run would ignore."""
+    data = type(run.data)
+    if data in (Data, ImageData) and run.eval.samples:
+        raise UserError(
+            f"eval.samples={run.eval.samples}: only models of images by class draw some "
+            "to judge; leave it out"
+        )
+    if data is Data:
+        for name in ("inception", "reference"):
+            if getattr(run.eval, name):
+                raise UserError(
+                    f"eval.{name}={getattr(run.eval, name)} judges images, this is a model of "
+                    "text; leave it out"
+                )
+    if data is ImageData:
+        if run.eval.reference:
+            raise UserError(
+                f"eval.reference={run.eval.reference}: a tokenizer's reconstructions are compared "
+                "with the images themselves; leave it out"
+            )
+        for name, value in vars(ImageSample()).items():
+            mine = getattr(run.sample, name)
+            if name not in ("count", "columns") and mine != value:
+                raise UserError(
+                    f"sample.{name}={mine} would be ignored: a tokenizer shows reconstructions of "
+                    "data, it draws nothing; sample.count and sample.columns are read"
+                )
 
 
 def _check_codes(run: Run) -> None:
@@ -212,3 +244,33 @@ def _divides(whole_name: str, whole: int, part_name: str, part: int) -> None:
         raise UserError(
             f"{whole_name}={whole} is not divisible by {part_name}={part}; set {part_name}={best}"
         )
+
+
+def check_overrides(run: Run, overrides: Sequence[str]) -> None:
+    """Refuses overrides of `train` that say how codes are made where none will be.
+
+    A config may say it, so that naming a folder of codes is enough to use that instead.
+
+    Args:
+        run: with the overrides applied. overrides: "field=value".
+
+    Raises:
+        UserError: the first of them.
+    """
+    if not isinstance(run.data, CodeData) or not run.data.path:
+        return
+    from .stages import stages_of
+
+    # a stage that trains the tokenizer takes its images from here
+    lent = any(
+        isinstance(run.stages[number].data, ImageData) and not run.stages[number].data.path
+        for number in stages_of(run)
+    )
+    read = "data.images.path" if lent else ""
+    for override in overrides:
+        field = override.partition("=")[0].strip()
+        if field.startswith(("data.images.", "data.views", "data.resizes")) and field != read:
+            raise UserError(
+                f"{field} says how codes are made, but data.path={run.data.path} holds codes "
+                "already; leave one of the two out"
+            )
