@@ -19,6 +19,8 @@ from lintime.train.validate import validate
 from tests.tiny import quick
 from tests.tiny_images import SIZE, aim_run, tokenizer_run, write_images
 
+pytestmark = pytest.mark.host
+
 ONE = {"devices": jax.devices()[:1]}
 
 

@@ -86,9 +86,10 @@ def finish(run: Run, result: Result, words: Sequence[str]) -> None:
         made_here = isinstance(run.data, CodeData | LatentData) and not run.data.path
         mine = "data.images.path=FOLDER_OF_CLASS_FOLDERS" if made_here else "data.path=FOLDER"
         mine = [*_with(_without_run(words), mine), "--run", "runs/mine"]
+        again = "" if isinstance(run.data, ImageData) else " --seed 1"
         with_tokenizer = f" data.{maker}=DIR_OR_FILE" if blind else ""
         lines += [
-            f"  sample           {lintime} sample --run {here} --seed 1{with_tokenizer}",
+            f"  sample           {lintime} sample --run {here}{again}{with_tokenizer}",
             f"  evaluate         {lintime} eval --run {here}",
             f"  your own images  {shlex.join(mine)}",
         ]
@@ -184,16 +185,22 @@ def _losses(run: Run, loaded, split: str, path: Path, codes: Path | None) -> dic
     return result
 
 
-def sample_run(run_dir: str, overrides: list[str], seed: int, step: int | None) -> list:
+def sample_run(run_dir: str, overrides: list[str], seed: int | None, step: int | None) -> list:
     """`lintime sample`: text continued on standard output, or images written to samples/.
 
     Args:
         overrides: fields of `sample`, where the vocabulary or tokenizer has moved, or of which
             images to show reconstructions.
+        seed: of the draws; None is 0.
         step: checkpoint; None = the newest.
     """
     run = _changed(Path(run_dir), overrides, "sample", SAMPLE_FIELDS)
-    return draw(_load(run_dir, run, step), run.sample, seed)
+    if seed is not None and isinstance(run.data, ImageData):
+        raise UserError(
+            f"--seed {seed} would be ignored: a tokenizer shows reconstructions of data, it draws "
+            "nothing; leave it out"
+        )
+    return draw(_load(run_dir, run, step), run.sample, seed or 0)
 
 
 def _changed(run_dir: Path, overrides: list[str], command: str, allowed: tuple[str, ...]) -> Run:

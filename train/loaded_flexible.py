@@ -81,7 +81,9 @@ def flexible_flops(config: FlexiDiTConfig, s: FlexibleSample, budget: float) -> 
     segments = flexible_segments(config, s, budget)
     if s.guidance == 1.0:
         segments = tuple(
-            Segment(steps=part.steps, mode=part.mode, guide="none" if part.scale is None else "null")
+            Segment(
+                steps=part.steps, mode=part.mode, guide="none" if part.scale is None else "null"
+            )
             for part in segments
         )
     calls = 2 if s.method == "heun" else 1

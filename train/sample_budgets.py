@@ -64,9 +64,7 @@ def _picture(results, columns: int) -> bytes:
 
     grids = [image_grid(images[:GRID], columns) for *_, images in results]
     height, width = grids[0].shape[:2]
-    figure = Figure(
-        figsize=(8, len(grids) * (8 * height / width + 0.5)), layout="constrained"
-    )
+    figure = Figure(figsize=(8, len(grids) * (8 * height / width + 0.5)), layout="constrained")
     for axes, grid, (budget, steps, flops, share, seconds, _) in zip(
         figure.subplots(len(grids), squeeze=False)[:, 0], grids, results
     ):
