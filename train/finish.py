@@ -21,7 +21,7 @@ from .launch import program
 from .loop import Result
 from .mesh import check_batch, make_mesh
 from .override import apply_overrides, diff
-from .schema import CodeData, Data, LatentData, Run, Sample
+from .schema import CodeData, Data, FlexibleSample, LatentData, Run, Sample
 from .stages import resolve
 from .state import TrainState
 from .tasks import make_task
@@ -102,6 +102,10 @@ def draw(loaded, sample, seed: int) -> list:
         from .sample import sample_text
 
         return sample_text(loaded, sample, seed=seed)
+    if isinstance(sample, FlexibleSample) and len(sample.budgets) > 1:
+        from .sample_budgets import sample_budgets
+
+        return sample_budgets(loaded, sample, seed=seed)
     from .sample_images import sample_classes, sample_reconstructions
     from .tokenizer import LoadedTokenizer
 

@@ -19,9 +19,9 @@ from ..model.processes.flow import FlowMatching
 from ..model.processes.gaussian import GaussianDiffusion
 from .config_files import KINDS, unknown_kind
 from .errors import UserError
-from .override import leaves, matches, nearest, type_name
 from .loaded_diffusion import make_sampler, solver_options
 from .loaded_flexible import flexible_segments
+from .override import leaves, matches, nearest, type_name
 from .schema import (
     CodeData,
     Data,
