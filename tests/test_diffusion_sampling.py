@@ -230,6 +230,20 @@ def test_injected_noise():
     assert run(base.astype(jnp.bfloat16)).dtype == jnp.float32
 
 
+def test_noise_of_keys():
+    """Image i starts at the normal numbers of fold_in(key i, 0); iteration k takes k + 1."""
+
+    def draw(number):
+        own = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys(), number)
+        return jnp.stack([jax.random.normal(key, SHAPE) for key in own])
+
+    drawn = jnp.stack([draw(i) for i in range(5)])
+    assert len(np.unique(drawn)) == drawn.size
+    trajectory = make_trajectory(toy, GAUSSIAN, segments=[Segment(steps=4)])
+    run = quick_jit(lambda d: trajectory(1.0, d[0], lambda k: d[k + 1], LABELS))
+    np.testing.assert_allclose(run(drawn), sample(GAUSSIAN, "ddpm", Segment(steps=4)), atol=1e-6)
+
+
 def test_clipping():
     process = GaussianDiffusion(timesteps=100, predict="x_start", variance="fixed_small")
     big = lambda variables, x, t, labels, mode: jnp.full_like(x, 3.0)

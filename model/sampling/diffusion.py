@@ -231,7 +231,8 @@ def make_diffusion_sampler(
     Returns:
         sampler(variables, keys, labels, *, guidance=None) -> x [B, H, W, C] float32
 
-        keys: [B] PRNG keys, one per image (`row_keys`); row i's noise comes from keys[i] alone.
+        keys: [B] PRNG keys, one per image (`row_keys`); row i starts at fold_in(keys[i], 0), and
+        its iteration k draws with fold_in(keys[i], k + 1).
         labels: [B] int32. guidance: s of e_g + s (e_m - e_g), a number or [B], traced; None is
             s = 1 without the cost of the guiding prediction, where a segment has no scale of its
             own.
