@@ -86,7 +86,7 @@ def finish(run: Run, result: Result, words: Sequence[str]) -> None:
         made_here = isinstance(run.data, CodeData | LatentData) and not run.data.path
         mine = "data.images.path=FOLDER_OF_CLASS_FOLDERS" if made_here else "data.path=FOLDER"
         mine = [*_with(_without_run(words), mine), "--run", "runs/mine"]
-        again = "" if isinstance(run.data, ImageData) else " --seed 1"
+        again = "" if isinstance(run.net, VQTokenizerConfig) else " --seed 1"
         with_tokenizer = f" data.{maker}=DIR_OR_FILE" if blind else ""
         lines += [
             f"  sample           {lintime} sample --run {here}{again}{with_tokenizer}",
@@ -195,7 +195,7 @@ def sample_run(run_dir: str, overrides: list[str], seed: int | None, step: int |
         step: checkpoint; None = the newest.
     """
     run = _changed(Path(run_dir), overrides, "sample", SAMPLE_FIELDS)
-    if seed is not None and isinstance(run.data, ImageData):
+    if seed is not None and isinstance(run.net, VQTokenizerConfig):
         raise UserError(
             f"--seed {seed} would be ignored: a tokenizer shows reconstructions of data, it draws "
             "nothing; leave it out"

@@ -88,8 +88,8 @@ _RANGES = (
         "net.n_code net.block_len net.d_conv net.expand net.headdim net.ngroups net.chunk "
         "net.num_classes net.num_tokens net.num_groups net.ch net.num_res_blocks net.z_channels "
         "net.codebook_size net.codebook_dim net.input_size net.patch_size net.in_channels "
-        "net.n_head sample.steps process.timesteps data.size data.images.size process.disc_features "
-        "process.disc_layers",
+        "net.n_head sample.steps process.timesteps data.size data.images.size "
+        "process.disc_features process.disc_layers",
     ),
     (
         ">= 0",
@@ -250,20 +250,20 @@ def _check_kinds(run: Run) -> None:
 
 def _check_used(run: Run) -> None:
     """Refuses settings that this kind of run would ignore."""
-    data = type(run.data)
-    if data in (Data, ImageData) and run.eval.samples:
+    text, tokenizer = isinstance(run.data, Data), isinstance(run.net, VQTokenizerConfig)
+    if (text or tokenizer) and run.eval.samples:
         raise UserError(
             f"eval.samples={run.eval.samples}: only models of images by class draw some "
             "to judge; leave it out"
         )
-    if data is Data:
+    if text:
         for name in ("inception", "reference"):
             if getattr(run.eval, name):
                 raise UserError(
                     f"eval.{name}={getattr(run.eval, name)} judges images, this is a model of "
                     "text; leave it out"
                 )
-    if data is ImageData:
+    if tokenizer:
         if run.eval.reference:
             raise UserError(
                 f"eval.reference={run.eval.reference}: a tokenizer's reconstructions are compared "
