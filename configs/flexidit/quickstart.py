@@ -24,7 +24,7 @@ dit = dataclasses.replace(quickstart, steps=800)
 config = Run(
     stages=(dit,),
     init_from="stage:0",
-    net=FlexiDiTConfig(base=dit.net, patch_sizes=(4, 8)),
+    net=FlexiDiTConfig(base=dit.net, patch_sizes=(2, 4), detail=1.0),
     process=FlexibleFlow(powerful_share=0.3, distill=1.0),
     data=dit.data,
     optim=Optim(

@@ -22,6 +22,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
@@ -55,6 +56,10 @@ class FlexiDiTConfig:
         resize: "area" or "bilinear", how patches of one size become those of another.
         rank, alpha: of the adapters of "lora": W + alpha / rank A B.
         targets: kernels of a block that have adapters, by path.
+        detail: of an embedding, the part that patches of the base's size do not have (differences
+            within what they average) starts random, this many times as large as Xavier's; 0 starts
+            it at zero, as published. Where the output's part is zero as well, the start is a
+            saddle: gradients of both are products with the other.
     """
 
     base: DiTConfig = DiTConfig()
@@ -65,6 +70,7 @@ class FlexiDiTConfig:
     rank: int = 64
     alpha: float = 64.0
     targets: tuple[str, ...] = TARGETS
+    detail: float = 0.0
 
     @property
     def star(self) -> int:
@@ -247,7 +253,7 @@ def flexify(config: FlexiDiTConfig, dit_params: Params, key: Array) -> dict[str,
         )
     zeros = jnp.zeros((base.d_model,), dit_params["x_embedder"]["bias"].dtype)
     if config.variant == "shared":
-        embed, out = _lifted(config, dit_params, config.star, p0)
+        embed, out = _lifted(config, dit_params, config.star, p0, key)
         shifts = {_key(p): zeros for p in config.others}
         return {**dit_params, "x_embedder": embed, "final": out} | (
             {"patch_size_embed": shifts} if shifts else {}
@@ -255,7 +261,8 @@ def flexify(config: FlexiDiTConfig, dit_params: Params, key: Array) -> dict[str,
     modes = {}
     for p in config.others:
         # Straight to the mode's own patch, through the larger of both.
-        embed, out = _lifted(config, dit_params, max(p, p0), p0)
+        own = jax.random.fold_in(key, p)
+        embed, out = _lifted(config, dit_params, max(p, p0), p0, jax.random.fold_in(own, 1))
         resize = ((max(p, p0),) * 2, (p,) * 2, config.resize)
         out = {n: resize_deembedding(out[n], *resize) for n in ("kernel", "bias")}
         modes[_key(p)] = {
@@ -265,7 +272,7 @@ def flexify(config: FlexiDiTConfig, dit_params: Params, key: Array) -> dict[str,
             },
             "final": out,
             "patch_size_embed": zeros,
-            "lora": _new_adapters(config, dit_params["blocks"], jax.random.fold_in(key, p)),
+            "lora": _new_adapters(config, dit_params["blocks"], own),
         }
     return {"base": dict(dit_params), "modes": modes}
 
@@ -279,11 +286,16 @@ def init_params(config: FlexiDiTConfig, key: Array) -> dict[str, Any]:
     return flexify(config, variables["params"], jax.random.fold_in(key, 1))
 
 
-def _lifted(config, params, star: int, p0: int) -> tuple[dict, dict]:
+def _lifted(config, params, star: int, p0: int, key: Array) -> tuple[dict, dict]:
     """Embedding and final layer at patch `star` that project to those of `params` at p0."""
     resize = ((star,) * 2, (p0,) * 2, config.resize)
     embed, out = dict(params["x_embedder"]), dict(params["final"])
     embed["kernel"] = lift_embedding(embed["kernel"], *resize)
+    if config.detail and star > p0:
+        kernel = embed["kernel"]
+        new = nn.initializers.xavier_uniform()(key, kernel.shape, kernel.dtype)
+        seen = lift_embedding(resize_embedding(new, *resize), *resize)
+        embed["kernel"] = kernel + config.detail * (new - seen)
     for name in ("kernel", "bias"):
         out[name] = lift_deembedding(out[name], *resize)
     return embed, out
