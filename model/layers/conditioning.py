@@ -41,7 +41,7 @@ def gated_add(r: Array, gate: Array, y: Array) -> Array:
 
 @jax.custom_vjp
 def _gated_add(r, gate, y):
-    return r + gate * y.astype(r.dtype)
+    return r + (gate * y.astype(r.dtype)).astype(r.dtype)
 
 
 def _gated_add_bwd(operands, dr):
@@ -85,7 +85,8 @@ def modulated_layer_norm(x: Array, shift: Array, scale: Array, epsilon: float, d
     both. The backward pass keeps x, and mean and deviation of every token; shift and scale [.., d]
     broadcast against x [.., d].
     """
-    return _modulated_layer_norm(epsilon, jnp.dtype(dtype), *vary((x, shift, scale), (x, shift, scale)))
+    operands = (x, shift, scale)
+    return _modulated_layer_norm(epsilon, jnp.dtype(dtype), *vary(operands, operands))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

@@ -9,6 +9,7 @@ from collections.abc import Callable
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 
 from ...kernels_pallas.compat import vary
@@ -20,9 +21,7 @@ def _dot_parts(x, kernel, bias, ends):
     parts = tuple(jnp.dot(x, part) for part in jnp.split(kernel, ends, axis=-1))
     if bias is None:
         return parts
-    # Behind a barrier they are arrays, which matmul kernels can add; they cannot add slices.
-    biases = lax.optimization_barrier(tuple(jnp.split(bias, ends)))
-    return tuple(y + b for y, b in zip(parts, biases, strict=True))
+    return tuple(y + b for y, b in zip(parts, jnp.split(bias, ends), strict=True))
 
 
 def _dot_parts_bwd(ends, operands, parts):
@@ -31,8 +30,10 @@ def _dot_parts_bwd(ends, operands, parts):
     _, pull = jax.vjp(jnp.dot, *operands)
     dy = jnp.concatenate(parts, axis=-1)
     # of the parts in one array, so that it takes no reading of its own
-    db = None if bias is None else jnp.sum(dy, axis=tuple(range(dy.ndim - 1)))
-    return *pull(dy), db
+    if bias is None:
+        return *pull(dy), None
+    zero, axes = np.zeros((), dy.dtype), tuple(range(dy.ndim - 1))
+    return *pull(dy), lax.reduce(dy, zero, lax.add, axes)
 
 
 _dot_parts.defvjp(

@@ -11,6 +11,7 @@ import dataclasses
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 
 from ...kernels_pallas.compat import vary
@@ -184,8 +185,10 @@ def _gelu_bwd(operands, dy):
     x, bias, dy = lax.optimization_barrier((*operands, dy))
     _, pull = jax.vjp(lambda a: nn.gelu(a, approximate=True), _widen(x) + bias)
     dx = pull(_widen(dy))[0].astype(x.dtype)
-    # The sum is of what is rounded, for else the gradient goes through memory in float32.
-    return dx, jnp.sum(_widen(dx), axis=tuple(range(x.ndim - 1))).astype(bias.dtype)
+    # The sum is a reduction in x's dtype, as that of a dense layer's bias: XLA fuses it, whereas for
+    # a wide one it would write the wide gradient.
+    axes = tuple(range(x.ndim - 1))
+    return dx, lax.reduce(dx, np.zeros((), dx.dtype), lax.add, axes).astype(bias.dtype)
 
 
 _gelu.defvjp(lambda x, bias: (_gelu(x, bias), (x, bias)), _gelu_bwd)
@@ -217,7 +220,8 @@ class Block(nn.Module):
         # Each is said to follow the rows: left to itself XLA's partitioner takes rows of other
         # devices for some of them on meshes of data, fsdp and tensor (jax 0.10 to 0.12).
         by_row = lambda v: constrain(v[:, None], "batch", None, None)
-        shift1, scale1, gate1, shift2, scale2, gate2 = (by_row(v) for v in jnp.split(vectors, 6, -1))
+        vectors = jnp.split(vectors, 6, axis=-1)
+        shift1, scale1, gate1, shift2, scale2, gate2 = (by_row(v) for v in vectors)
         mixer = self.attn if self.config.mixer == "attention" else self.mixer
 
         y, _ = mixer(modulated_layer_norm(r, shift1, scale1, EPSILON, self.dtype))
