@@ -93,7 +93,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="one process per measurement (default: on an accelerator)")  # fmt: skip
     bench_aim.add_arguments(parser)
     add("--out", default="runs/bench", metavar="DIR",
-        help="for bench.md, .json, .png (ssm.*, aim.*, dit.*, op.*; default runs/bench)")  # fmt: skip
+        help="for bench.md, .json, .png (or ssm.*, aim.*, dit.*, op.*)")  # fmt: skip
     add("--json", action="store_true", help="print the JSON instead of the tables")
 
 

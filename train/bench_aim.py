@@ -82,9 +82,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options that only `lintime bench aim` has."""
     add = parser.add_argument
     add("--sizes", nargs="+", metavar="SIZE", default=[],
-        help=f"aim: of {', '.join(SIZES)}; dit: b, l, xl, tiny (default xl; CPU: tiny)")  # fmt: skip
+        help=f"aim: of {', '.join(SIZES)}; dit: b, l, xl, tiny (CPU: tiny)")  # fmt: skip
     add("--batch", metavar="N",
-        help="aim: images at a time (64; CPU: 2); dit: images of an update (256; CPU: 4)")  # fmt: skip
+        help="aim: images at a time (64; CPU: 2); dit: of an update (256; CPU: 4)")  # fmt: skip
     add("--only", nargs="+", metavar="PART", default=[],
         help=f"aim: of {', '.join(FORMS)}, {TRAINING}, generation; dit: of training, sampling, "
         "flexible (default: all)")  # fmt: skip

@@ -185,8 +185,8 @@ def _gelu_bwd(operands, dy):
     x, bias, dy = lax.optimization_barrier((*operands, dy))
     _, pull = jax.vjp(lambda a: nn.gelu(a, approximate=True), _widen(x) + bias)
     dx = pull(_widen(dy))[0].astype(x.dtype)
-    # The sum is a reduction in x's dtype, as that of a dense layer's bias: XLA fuses it, whereas for
-    # a wide one it would write the wide gradient.
+    # The sum is a reduction in x's dtype, as that of a dense layer's bias: XLA fuses it, whereas
+    # for a wide one it would write the wide gradient.
     axes = tuple(range(x.ndim - 1))
     return dx, lax.reduce(dx, np.zeros((), dx.dtype), lax.add, axes).astype(bias.dtype)
 
