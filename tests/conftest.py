@@ -3,7 +3,17 @@
 Everything is set by default only: JAX_PLATFORMS=tpu or cuda runs the suite on real devices.
 """
 
+import atexit
 import os
+import shutil
+import sys
+import tempfile
+
+# Commands, notebooks and workers import jax anew: 5 s without bytecode, 1.5 s with it.
+if os.environ.pop("PYTHONDONTWRITEBYTECODE", None) and "PYTHONPYCACHEPREFIX" not in os.environ:
+    os.environ["PYTHONPYCACHEPREFIX"] = sys.pycache_prefix = tempfile.mkdtemp(prefix="bytecode")
+    sys.dont_write_bytecode = False
+    atexit.register(shutil.rmtree, sys.pycache_prefix, ignore_errors=True)
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 if os.environ["JAX_PLATFORMS"] == "cpu":

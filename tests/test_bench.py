@@ -12,6 +12,8 @@ from lintime.train import bench, bench_measure
 from lintime.train.cli import main
 from lintime.train.errors import UserError
 
+pytestmark = pytest.mark.host
+
 H200 = {"platform": "gpu", "kind": "NVIDIA H200", "count": 1, "memory": 150e9, "jax": "0.0.0"}
 POINT = {
     "status": "ok", "tokens": 65536, "seconds": [0.25], "median_ms": 250.0,

@@ -9,6 +9,8 @@ from lintime.train import bench, bench_aim
 from lintime.train.bench_aim import FORMS, SIZES, cache_bytes, floors, make_run, peak_bandwidth
 from lintime.train.cli import main
 
+pytestmark = pytest.mark.host
+
 H200 = {"platform": "gpu", "kind": "NVIDIA H200", "count": 1, "memory": 150e9, "jax": "0.0.0"}
 
 

@@ -18,6 +18,8 @@ from lintime.train.cli import main
 from lintime.train.errors import UserError
 from lintime.train.launch import program
 
+pytestmark = pytest.mark.host
+
 CONFIG = "transformer_vq/quickstart"
 COMMANDS = ("train", "eval", "sample", "bench", "convert")
 NET = (

@@ -23,6 +23,8 @@ from lintime.train.override import apply_overrides, leaves
 from lintime.train.schema import Run
 from lintime.train.validate import validate
 
+pytestmark = pytest.mark.host
+
 RUN = Run(net=TransformerVQConfig())
 GOOD = '''
 """My own experiment."""
@@ -220,6 +222,9 @@ def test_other_changes_are_refused_by_name():
         ("net.n_head=5", "2 * net.d_model=1536 is not divisible by net.n_head=5"),
         ("net.d_model=63", "must be even"),
         ("net.vocab_size=256", "set net.vocab_size=259"),
+        ("eval.samples=8", "eval.samples=8: only models of images by class draw some to judge"),
+        ("eval.inception=x.pth", "eval.inception=x.pth judges images, this is a model of text"),
+        ("eval.reference=x.npz", "eval.reference=x.npz judges images"),
     ],
 )  # fmt: skip
 def test_faulty_values_are_refused_with_the_fix(overrides, message):

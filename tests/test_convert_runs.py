@@ -23,6 +23,8 @@ from tests.conversion import (
     restored,
 )
 
+pytestmark = pytest.mark.host
+
 
 def write_safetensors(path, flat):
     pytest.importorskip("safetensors.numpy").save_file(flat, path)

@@ -11,6 +11,8 @@ from lintime.train.data.sources import find_documents, resolve_format, split_by_
 from lintime.train.errors import UserError
 from lintime.train.schema import Data
 
+pytestmark = pytest.mark.host
+
 
 def documents(config, split, tmp_path):
     found = find_documents(config, split, cache=tmp_path / "cache")

@@ -19,6 +19,8 @@ from lintime.train.data import tokens as tokens_module
 from lintime.train.errors import UserError
 from lintime.train.schema import Data
 
+pytestmark = pytest.mark.host
+
 WORDS = "the cat sat on a mat and  the dog ran\tfar away; naïve façade, 10 €\n".split(" ")
 
 

@@ -333,9 +333,9 @@ def test_bfloat16(mixer):
     assert out.dtype == jnp.float32
     error = lambda a, b: np.linalg.norm(a - b) / np.linalg.norm(b)
     assert 1e-4 < error(out, exact) < 0.03
-    for (path, g), w in zip(jax.tree_util.tree_leaves_with_path(gradient), jax.tree.leaves(want)):
-        assert g.dtype == jnp.float32, path_string(path)
-        assert error(g, w) < (0.1 if mixer == "attention" else 0.3), path_string(path)
+    assert {g.dtype for g in jax.tree.leaves(gradient)} == {jnp.dtype("float32")}
+    join = lambda tree: np.concatenate([np.ravel(a) for a in jax.tree.leaves(tree)])
+    assert error(join(gradient), join(want)) < (0.05 if mixer == "attention" else 0.15)
     kept = compiled(DiT(config, jnp.bfloat16), collect=True)(params, *inputs)[1]
     assert kept["blocks"]["mixed"][0].dtype == kept["blocks"]["mlp_out"][0].dtype == jnp.bfloat16
     # The stream, what conditions it and the last layer are wide.

@@ -221,6 +221,9 @@ def test_what_the_arrays_tell():
     assert tell(without, n_head=4, input_size=8) == CONFIG
     other = tell(arrays(), n_head=2, class_dropout=0.0)  # no row for a null class
     assert (other.num_classes, other.class_dropout, other.n_head) == (6, 0.0, 2)
+    odd = dataclasses.replace(CONFIG, d_model=44, mlp_ratio=1.12)  # 49.28 hidden units
+    told = tell(arrays(odd), n_head=4)
+    assert told.d_intermediate == odd.d_intermediate == 49 > int(49 / 44 * 44)
     small = dataclasses.replace(CONFIG, learn_sigma=False)
     assert not tell(arrays(small), n_head=4).learn_sigma
 

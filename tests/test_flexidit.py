@@ -30,11 +30,17 @@ from lintime.model.nets.flexidit import (
     materialise,
     merge_lora,
     mode_config,
+    mode_flops,
     mode_params,
     trainable,
     unmerge_lora,
 )
 from lintime.model.processes.flexible import distillation_loss, draw_mode, mmd, mode_mixture
+from lintime.model.processes.gaussian import GaussianDiffusion
+from lintime.model.sampling.budget import plan
+from lintime.model.sampling.classes import row_keys
+from lintime.model.sampling.diffusion import Segment, make_diffusion_sampler
+from tests.golden.quick import quick_jit
 
 BASE = DiTConfig(
     input_size=8, patch_size=2, in_channels=2, d_model=16, n_layer=2, n_head=2, num_classes=3
@@ -52,8 +58,9 @@ def noisy(tree, seed):
 @pytest.fixture(scope="module")
 def dit():
     x, t, y = inputs()
-    init = lambda: DiT(BASE).init(jax.random.key(0), x, t, y)["params"]
-    return jax.tree.map(jnp.asarray, noisy(jax.jit(init)(), 1))
+    shapes = jax.eval_shape(DiT(BASE).init, jax.random.key(0), x, t, y)["params"]
+    zeros = jax.tree.map(lambda a: np.zeros(a.shape, np.float32), shapes)
+    return jax.tree.map(jnp.asarray, noisy(zeros, 1))
 
 
 def inputs():
@@ -64,11 +71,11 @@ def inputs():
 def run(config, params, patch):
     net = DiT(mode_config(config, patch))
     whole = lambda params: net.apply({"params": mode_params(config, params, patch)}, *inputs())[0]
-    return jax.jit(whole)(params)
+    return quick_jit(whole)(params)
 
 
 def plain(params):
-    return jax.jit(lambda params: DiT(BASE).apply({"params": params}, *inputs())[0])(params)
+    return quick_jit(lambda params: DiT(BASE).apply({"params": params}, *inputs())[0])(params)
 
 
 # ---------------------------------------------------------------- matrices
@@ -219,7 +226,8 @@ def test_merged_blocks_compute_the_unmerged_sum(dit):
 
 def test_merging_once_is_merging_in_every_call(dit):
     params = noisy(flexify(LORA, dit, jax.random.key(0)), 5)
-    once = flexible_denoiser(LORA)(materialise(LORA, params), *inputs(), 4)
+    denoise = flexible_denoiser(LORA)
+    once = quick_jit(lambda modes: denoise(modes, *inputs(), 4))(materialise(LORA, params))
     np.testing.assert_allclose(once, run(LORA, params, 4), atol=1e-5)
 
 
@@ -238,26 +246,75 @@ def test_adapters_start_without_effect_but_can_learn(dit):
 
 def test_gradients_reach_adapters_only(dit):
     params = noisy(flexify(LORA, dit, jax.random.key(0)), 7)
-    grads = jax.grad(lambda params: jnp.sum(run(LORA, params, 4) ** 2))(params)
+    net = DiT(mode_config(LORA, 4))
+    out = lambda params: net.apply({"params": mode_params(LORA, params, 4)}, *inputs())[0]
+    grads = quick_jit(jax.grad(lambda params: jnp.sum(out(params) ** 2)))(params)
     grads = jax.device_get(grads)
     assert not any(np.any(a != 0) for a in jax.tree.leaves(grads["base"]))
     assert all(np.any(a != 0) for a in jax.tree.leaves(grads["modes"]))
 
 
 def test_an_optimiser_of_what_trains(dit):
-    for config in (SHARED, LORA):
-        params = flexify(config, dit, jax.random.key(0))
-        mask = trainable(config, params)
-        optimiser = optax.chain(
-            optax.masked(optax.sgd(1e-2), mask),
-            optax.masked(optax.set_to_zero(), jax.tree.map(lambda m: not m, mask)),
-        )
-        ones = jax.tree.map(jnp.ones_like, params)
-        updates, _ = optimiser.update(ones, optimiser.init(params))
-        moved = {name: all(bool(np.any(a)) for a in jax.tree.leaves(tree))
-                 for name, tree in updates.items()}  # fmt: skip
-        expected = {"base": False, "modes": True} if config is LORA else dict.fromkeys(params, True)
-        assert moved == expected
+    shared = flexify(SHARED, dit, jax.random.key(0))
+    assert all(jax.tree.leaves(trainable(SHARED, shared)))
+    params = flexify(LORA, dit, jax.random.key(0))
+    mask = trainable(LORA, params)
+    optimiser = optax.chain(
+        optax.masked(optax.sgd(1e-2), mask),
+        optax.masked(optax.set_to_zero(), jax.tree.map(lambda m: not m, mask)),
+    )
+    ones = jax.tree.map(np.ones_like, jax.device_get(params))
+    updates, _ = quick_jit(lambda u: optimiser.update(u, optimiser.init(u)))(ones)
+    some = lambda tree: [bool(np.any(a)) for a in jax.tree.leaves(jax.device_get(tree))]
+    assert not any(some(updates["base"])) and all(some(updates["modes"]))
+
+
+# ---------------------------------------------------------------- samplers
+
+
+def sample(denoise, variables, segments, method="ddim", guidance=2.0):
+    sampler = make_diffusion_sampler(
+        denoise, GaussianDiffusion(), method=method, segments=segments, shape=(8, 8, 2),
+        guidance_channels=0, null_label=3,
+    )  # fmt: skip
+    keys = row_keys(jax.random.key(0), 2)
+    return quick_jit(lambda v: sampler(v, keys, jnp.asarray([0, 1]), guidance=guidance))(variables)
+
+
+def test_no_weak_steps_is_the_plain_sampler_bit_for_bit(dit):
+    params = flexify(LORA, dit, jax.random.key(0))
+    segments = plan(3, mode_flops(LORA), weak_steps=0, weak=4, powerful=2)
+    got = sample(flexible_denoiser(LORA), materialise(LORA, params), segments)
+    alone = lambda params, x, t, labels, mode: DiT(BASE).apply({"params": params}, x, t, labels)[0]
+    np.testing.assert_array_equal(got, sample(alone, dit, (Segment(steps=3),)))
+
+
+@pytest.mark.parametrize("guidance", ["cfg", "weak_uncond", "weak_cond", "none"])
+def test_every_step_calls_the_modes_of_its_segment(guidance):
+    """Denoisers that answer with their mode and label: what is mixed shows in the image."""
+    calls = []
+
+    def denoise(variables, x, t, labels, mode):
+        calls.append((mode, len(labels)))
+        return jnp.zeros((*x.shape[:-1], 2 * x.shape[-1])) + 0.1 * variables[mode]
+
+    segments = plan(4, {2: 4.0, 4: 1.0}, levels=[(4, 1)], weak=4, powerful=2, guidance=guidance)
+    out = sample(denoise, {2: jnp.ones(()), 4: -jnp.ones(())}, segments)
+    assert jnp.isfinite(out).all()
+    weak = [(4, 2)] if guidance == "none" else [(4, 4)]
+    powerful = {"cfg": [(2, 4)], "none": [(2, 2)]}.get(guidance, [(2, 2), (4, 2)])
+    assert list(dict.fromkeys(calls)) == list(dict.fromkeys(weak + powerful))
+
+
+@pytest.mark.parametrize("method", ["ddpm", "dpm++2m", "heun"])
+def test_solvers_take_any_list_of_modes(dit, method):
+    params = noisy(flexify(LORA, dit, jax.random.key(0)), 9)
+    modes = materialise(LORA, params)
+    both = plan(3, mode_flops(LORA), modes=[4, 2, 4], weak=4, powerful=2, guidance="none")
+    out = sample(flexible_denoiser(LORA), modes, both, method, None)
+    weak = plan(3, mode_flops(LORA), weak_steps=3, weak=4, powerful=2, guidance="none")
+    other = sample(flexible_denoiser(LORA), modes, weak, method, None)
+    assert jnp.isfinite(out).all() and jnp.abs(out - other).max() > 1e-3
 
 
 # ---------------------------------------------------------------- layout

@@ -6,7 +6,9 @@ import json
 import jax
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
+from lintime.model.convert.dit import dit_to_reference
 from lintime.model.nets.dit import DiT, DiTConfig
 from lintime.model.nets.flexidit import FlexiDiTConfig, init_params, mode_params
 from lintime.model.processes.gaussian import GaussianDiffusion
@@ -15,7 +17,9 @@ from lintime.train.cli import main
 from lintime.train.config_files import read_config, save_config
 from lintime.train.errors import UserError
 from lintime.train.flexify import flexify_run, parse_sizes
+from lintime.train.load import load
 from lintime.train.schema import DiffusionSample, ImageData, Run
+from lintime.train.task_flexible import split_base
 
 NET = DiTConfig(
     input_size=8, patch_size=2, in_channels=3, d_model=16, n_layer=2, n_head=2, num_classes=3
@@ -45,8 +49,9 @@ def source(dit_params, tmp_path_factory):
 
 def weights(folder):
     net = read_config(folder / "config.json").net
-    abstract = {"params": jax.eval_shape(lambda: init_params(net, jax.random.key(0)))}
-    return net, restore_inference(folder, abstract)["params"]
+    abstract = split_base(jax.eval_shape(lambda: init_params(net, jax.random.key(0))))
+    restored = restore_inference(folder, abstract)
+    return net, {**restored["params"], **restored["stats"]}
 
 
 @pytest.mark.parametrize("variant", ["shared", "lora"])
@@ -61,10 +66,39 @@ def test_the_run_is_what_it_was_at_its_own_patch_size(source, dit_params, varian
     jax.tree.map(check, own, dit_params)
     saved = read_config(out / "config.json")
     assert saved.init_from == "" and saved.sample.steps == 4
+    terms = (0.0, 1.0) if variant == "lora" else (1.0, 0.0)
+    assert (saved.process.denoise, saved.process.distill) == terms
+    assert saved.process.variance == "learned_range"
+
+
+def test_it_can_be_loaded_and_drawn_from(source, tmp_path):
+    flexify_run(source, tmp_path / "x", patch_sizes=(2, 4))
+    loaded = load(tmp_path / "x")
+    assert sorted(loaded.modes) == [2, 4]
+    drawn = loaded.drawer(dataclasses.replace(loaded.config.sample, budgets=(0.7,)))
+    keys = jax.random.split(jax.random.key(0), 2)
+    assert drawn(keys, np.array([0, 1], np.int32)).shape == (2, 8, 8, 3)
 
 
 def almost(a, b):
     np.testing.assert_allclose(a, b, atol=1e-6)
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_published_weights(dit_params, suffix, tmp_path):
+    file = tmp_path / f"DiT{suffix}"
+    flat = {n: np.ascontiguousarray(a) for n, a in dit_to_reference(dit_params, NET).items()}
+    if suffix == ".pt":
+        torch = pytest.importorskip("torch")
+        torch.save({"ema": {n: torch.from_numpy(a) for n, a in flat.items()}}, file)
+    else:
+        save_file(flat, file)
+    out = tmp_path / "flexi"
+    words = ["--patch-sizes", "2,4", "--variant", "lora", "--out", str(out), "net.base.n_head=2"]
+    assert main(["flexify", str(file), *words]) == 0
+    net, params = weights(out)
+    assert net.base == NET
+    jax.tree.map(np.testing.assert_array_equal, mode_params(net, params, 2), dit_params)
 
 
 def test_it_says_what_modes_cost(source, tmp_path, capsys):

@@ -19,6 +19,8 @@ from lintime.train.validate import validate
 from tests.tiny import quick
 from tests.tiny_images import SIZE, aim_run, tokenizer_run, write_images
 
+pytestmark = pytest.mark.host
+
 ONE = {"devices": jax.devices()[:1]}
 
 
@@ -90,8 +92,10 @@ def test_converted_weights_have_no_images_of_their_own(whole, images, tmp_path, 
         evaluate_run(str(tiny), [], "validation", None)
 
     where = [f"data.path={images}", f"data.size={SIZE}"]
-    (path,) = sample_run(str(tiny / "stages/0"), where, 0, None)
+    (path,) = sample_run(str(tiny / "stages/0"), where, None, None)
     assert path.is_file()
+    with pytest.raises(UserError, match="--seed 0 would be ignored"):
+        sample_run(str(tiny / "stages/0"), where, 0, None)
     with pytest.raises(UserError, match="data.path is part of the trained run"):
         sample_run(str(whole[1]), where[:1], 0, None)
 

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -14,6 +15,8 @@ import lintime
 from lintime.train.cli import main
 from tests.tiny import quick, read_lines, write_config
 from tests.tiny_images import CLASSES, SIZE, aim_run, write_images
+
+pytestmark = pytest.mark.host
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -124,7 +127,8 @@ def test_sample_settings(cli, run):
         "sample.schedule=cosine", "sample.top_k=5", "sample.top_p=0.9", "sample.temperature=0.8",
         "sample.rows=2", "sample.columns=3", "sample.files=true", "sample.npz=true", "--seed", 7,
     )  # fmt: skip
-    stem = run / "samples/step00000004-seed7"
+    (stem,) = (path.with_suffix("") for path in (run / "samples").glob("*-seed7*.json"))
+    assert re.fullmatch("step00000004-seed7-guidance2-[0-9a-f]{8}", stem.name)
     assert f"5 images: {stem}.png" in out and f"as arrays: {stem}.npz" in out
     assert pixels(f"{stem}.png").shape == (2 * 50 + 2, 3 * 50 + 2, 3)
     names = sorted(p.name for p in stem.parent.glob(f"{stem.name}-*.png"))
@@ -133,6 +137,70 @@ def test_sample_settings(cli, run):
         assert file["arr_0"].shape == (5, SIZE, SIZE, 3) and file["arr_0"].dtype == np.uint8
         assert file["arr_1"].tolist() == [3, 1, 3, 1, 3]
         np.testing.assert_array_equal(file["arr_0"][1], pixels(stem.parent / names[1]))
+
+
+def test_samples_of_other_settings_have_other_names(cli, run):
+    """The same command writes the same file again, another one never over it."""
+    sample = lambda *words: cli("sample", "--run", run, "sample.count=2", *words)
+    drawn = lambda: {p.name: p.read_bytes() for p in (run / "samples").glob("*.png")}
+    before = drawn()
+    for words, name in (
+        ((), "count2"),
+        (("sample.guidance=2.5",), "guidance2.5-count2"),
+        (("sample.top_k=3", "sample.rows=1"), "count2-top_k3"),
+        (("sample.classes=3,1", "--seed", 5), "classes3,1-count2"),
+    ):
+        out = sample(*words)
+        seed = 5 if "--seed" in words else 0
+        (path,) = drawn().keys() - before.keys()
+        assert path == f"step00000004-seed{seed}-{name}.png" and path in out
+        assert {k: v for k, v in drawn().items() if k != path} == before
+        before = drawn()
+    sample("sample.guidance=2.5")
+    assert drawn() == before
+    # what the name does not tell: the run's own settings were others
+    saved_config = json.loads((run / "config.json").read_text())
+    saved_config["sample"]["temperature"] = 0.5
+    (run / "config.json").write_text(json.dumps(saved_config))
+    out = sample("sample.guidance=2.5")
+    assert "guidance2.5-count2-2.png" in out and before.items() < drawn().items()
+    assert (
+        json.loads((run / "samples/step00000004-seed0-guidance2.5-count2-2.json").read_text())[
+            "sample"
+        ]["temperature"]
+        == 0.5
+    )
+
+
+def test_settings_that_would_be_ignored_are_refused(cli, config, run, tmp_path):
+    tokenizer = run / "stages/0"
+    refused = lambda *words: cli.refused("sample", "--run", tokenizer, *words)
+    assert "--seed 3 would be ignored: a tokenizer" in refused("--seed", 3)
+    assert "sample.guidance=2.0 would be ignored" in refused("sample.guidance=2")
+    assert "sample.classes=(1,) would be ignored" in refused("sample.classes=1")
+    assert "stages.0: sample.top_k=5 would be" in cli.refused(
+        "train", config, "stages.0.sample.top_k=5"
+    )
+    assert "eval.samples=9: only" in cli.refused("eval", "--run", tokenizer, "eval.samples=9")
+    codes, out = run / "codes", tmp_path / "second"
+    train = lambda *words: cli.refused("train", config, f"data.path={codes}", *words, "--run", out)
+    for field in ("data.views=ten", "data.resizes=1.1", "data.images.size=16"):
+        line = train(field)
+        assert line.startswith(f"lintime: {field.partition('=')[0]} says how codes are made")
+        assert f"data.path={codes} holds codes already" in line and not out.exists()
+    assert "data.images.path says" in train("data.images.path=x", f"data.tokenizer={tokenizer}")
+
+
+def test_errors_of_images_name_the_field_of_the_run(cli, config, run, tmp_path):
+    train = lambda *words: cli.refused("train", config, *words)
+    new = ("--run", tmp_path / "new")
+    assert "data.images.path='nowhere' does not" in train("data.images.path=nowhere", *new)
+    tokenizer = f"data.tokenizer={run / 'stages/0'}"
+    line = train("data.images.path=nowhere", tokenizer, "--run", tmp_path / "newer")
+    assert "data.images.path='nowhere' does not" in line
+    shutil.copytree(run / "codes", tmp_path / "other/codes")
+    line = train("data.views=ten", tokenizer, "--run", tmp_path / "other")
+    assert "remove it, or start with --fresh" in line and "--out" not in line
 
 
 def test_an_image_depends_on_its_number_class_and_seed_only(cli, run):
@@ -252,14 +320,13 @@ def test_prepare_codes_then_train_on_them(cli, config, run, tmp_path):
 
 @pytest.mark.multiprocess
 @pytest.mark.slow
-def test_two_processes_make_the_pipeline_of_one(config, tmp_path):
-    from tests.test_multiprocess import run_one, run_two
+def test_two_processes_make_the_pipeline_of_one(config, trained, tmp_path):
+    from tests.test_multiprocess import run_two
 
-    two, one = tmp_path / "two", tmp_path / "one"
+    two, one = tmp_path / "two", trained[0]
     outputs = run_two("train", config, "--run", two)
     assert "4 cpu device(s)" in outputs[0] and "images: " in outputs[0]
     assert "step 4/4" not in outputs[1] and "encoding" not in outputs[1]
-    run_one("train", config, "--run", one)
     for part in ("stages/0", ""):
         a, b = read_lines(two / part), read_lines(one / part)
         assert [line.keys() for line in a] == [line.keys() for line in b]

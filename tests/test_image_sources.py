@@ -15,6 +15,8 @@ from lintime.train.errors import UserError
 from lintime.train.schema import ImageData
 from tests.pictures import RNG, assert_same, class_folders, data, encoded, opened, picture, refused
 
+pytestmark = pytest.mark.host
+
 
 @pytest.fixture
 def folder(tmp_path):

@@ -3,6 +3,7 @@
 import ast
 import os
 import pathlib
+import re
 
 import pytest
 
@@ -39,9 +40,16 @@ def test_from_load_to_sample_takes_under_ten_lines():
         assert len(ast.parse(source).body) < 10 and len(source.splitlines()) < 12
 
 
-def execute(name, tmp_path):
-    """Run a notebook on a run of its own making: outputs of its cells, and what they printed."""
+def execute(name, tmp_path, smaller):
+    """Run a notebook on a run of its own making: outputs of its cells, and what they printed.
+
+    `smaller` overrides are added to those that the notebook itself trains with.
+    """
     notebook = read(FOLDER / f"{name}.ipynb")
+    first = code_cells(notebook)[0]
+    changed = re.sub(r'(?m)^( +small = ".*)"$', rf'\1 {smaller}"', first.source)
+    assert changed != first.source
+    first.source = changed
     env = os.environ.copy()
     env.update(
         LINTIME_RUN=str(tmp_path / "run"),
@@ -60,7 +68,9 @@ def execute(name, tmp_path):
 @pytest.mark.slow
 def test_transformer_vq(tmp_path):
     """Where there is no run, the notebook trains a small one; everything else then works on it."""
-    outputs, printed = execute("transformer_vq", tmp_path)
+    outputs, printed = execute(
+        "transformer_vq", tmp_path, "steps=12 net.d_model=32 net.n_layer=2 eval.batches=1"
+    )
     assert (tmp_path / "run" / "config.json").exists()
     sizes = {line.split(": ")[1] for line in printed.splitlines() if "kB of state" in line}
     assert len(sizes) == 1  # for 39 and for 1117 tokens of context
@@ -73,7 +83,9 @@ def test_transformer_vq(tmp_path):
 @pytest.mark.slow
 def test_aim(tmp_path):
     """Trains tokenizer and net on digits, then draws, guides, reconstructs."""
-    outputs, printed = execute("aim", tmp_path)
+    outputs, printed = execute(
+        "aim", tmp_path, "stages.0.steps=40 steps=100 batch_size=16 sample.count=10"
+    )
     assert (tmp_path / "run" / "stages" / "0" / "config.json").exists()
     assert printed.count("codes (10, 16)") == 3 and "nats per token" in printed
     assert float(printed.split(" nats per token")[0].split()[-1]) < 3.5  # untrained: ln 128 = 4.85

@@ -10,6 +10,8 @@ from lintime.train.errors import UserError
 from lintime.train.override import apply_overrides, diff, list_fields, matches, nearest
 from lintime.train.schema import Optim, Run
 
+pytestmark = pytest.mark.host
+
 RUN = Run(net=TransformerVQConfig())
 
 

@@ -214,19 +214,20 @@ def finish(process):
 
 @pytest.fixture(scope="module")
 def uninterrupted(text, tmp_path_factory):
-    """A run of the command that nothing stops: run, arguments up to the folder, folder."""
+    """A run of the command that nothing stops: run, arguments, folder, compiled programs."""
     folder = tmp_path_factory.mktemp("uninterrupted")
     run = tiny_run(text, *BASE, "steps=400", "checkpoint.every=30", "checkpoint.keep=2")
     arguments = ("train", write_config(run, folder), "--run")
-    finish(command(*arguments, folder / "whole"))
-    return run, arguments, folder / "whole"
+    cache = folder / "compiled"
+    finish(command(*arguments, folder / "whole", cache=cache))
+    return run, arguments, folder / "whole", cache
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_the_same_command_continues_a_killed_process(number, uninterrupted, tmp_path):
-    run, arguments, whole = uninterrupted
-    first = command(*arguments, tmp_path / "killed")
+    run, arguments, whole, cache = uninterrupted
+    first = command(*arguments, tmp_path / "killed", cache=cache)
     drain = threading.Thread(target=first.stdout.read, daemon=True)
     drain.start()
     checkpoints = tmp_path / "killed" / "checkpoints"
@@ -241,7 +242,9 @@ def test_the_same_command_continues_a_killed_process(number, uninterrupted, tmp_
     drain.join()
     assert first.wait() == (0 if number == signal.SIGTERM else -signal.SIGKILL)
     assert saved() and max(saved()) < 400
-    output = finish(command(*arguments, tmp_path / "killed"))
+    # once with the same compiled program, once with its own
+    cache = cache if number == signal.SIGTERM else None
+    output = finish(command(*arguments, tmp_path / "killed", cache=cache))
     assert "continuing at step" in output
     assert read_lines(tmp_path / "killed") == read_lines(whole)
     assert_same(saved_state(run, tmp_path / "killed"), saved_state(run, whole))

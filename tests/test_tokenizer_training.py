@@ -12,13 +12,15 @@ import pytest
 
 from lintime.model.convert.lpips import LINEAR, lpips_shapes
 from lintime.train import loop
-from lintime.train.checkpoint import Checkpoints
+from lintime.train.checkpoint import Checkpoints, save_inference
+from lintime.train.config_files import save_config
 from lintime.train.errors import UserError
 from lintime.train.load import load
 from lintime.train.mesh import make_mesh, put_batch, state_shardings
 from lintime.train.override import apply_overrides
 from lintime.train.schema import Mesh, Precision
 from lintime.train.step import init_state, make_train_step
+from lintime.train.task_tokenizer import lpips_weights
 from lintime.train.tasks import make_task
 from lintime.train.validate import validate
 from tests.golden.quick import quick_jit
@@ -117,6 +119,40 @@ def test_a_stopped_run_with_a_discriminator_continues_bit_for_bit(gan, tmp_path,
     assert_same(saved_state(run, tmp_path / "run"), state)
     loaded = load(tmp_path / "run")  # inference reads the averaged tokenizer alone
     assert_same(jax.tree.map(np.asarray, loaded.params["tokenizer"]), state.ema["tokenizer"])
+
+
+def test_a_converted_tokenizer_gets_a_fresh_discriminator(gan, tmp_path, monkeypatch, capsys):
+    """Its own parameters are taken, those of the discriminator are a new run's."""
+    run, folder = gan
+    alone = tokenizer_run(run.data.path)
+    trained = saved_state(run, folder)
+    save_config(alone, tmp_path / "converted/config.json")
+    weights = {"params": {"tokenizer": trained.params["tokenizer"]}, "stats": {}}
+    save_inference(tmp_path / "converted", weights)
+    source = tmp_path / "converted"
+    tuned = dataclasses.replace(run, init_from=str(source), steps=1)
+    started, original = [], loop._start_from
+
+    def start_from(*arguments):
+        state, new = original(*arguments)
+        started.append(jax.device_get(state))
+        return state, new
+
+    monkeypatch.setattr(loop, "_start_from", start_from)
+    loop.train(tuned, tmp_path / "tuned", **ONE)
+    assert f"init_from={source}: it has no discriminator, which starts fresh" in (
+        "".join(capsys.readouterr())
+    )
+    fresh, (state,) = first_state(tuned), started
+    assert_same(state.params["tokenizer"], weights["params"]["tokenizer"])
+    assert moved(state.params["tokenizer"], fresh.params["tokenizer"])
+    assert_same(state.params["discriminator"], fresh.params["discriminator"])
+    assert_same(state.stats, fresh.stats)
+    assert_same(state.ema, state.params)
+    refused(
+        "init_from=.*converted: .* is from another model: params/tokenizer/",
+        loop.train, apply_overrides(tuned, ["net.ch=64"]), tmp_path / "other", **ONE,
+    )  # fmt: skip
 
 
 @functools.cache
@@ -246,10 +282,26 @@ def test_lpips_trains_and_continues(lpips, tmp_path):
     loop.train(run, tmp_path / "run", **ONE)
     lines = read_lines(tmp_path / "run")
     assert all(line["perceptual"] > 0 for line in lines[:2])
-    shutil.rmtree(tmp_path / "run/checkpoints/2")
+    newest, state = tmp_path / "run/checkpoints/2", saved_state(run, tmp_path / "run")
+    assert (newest / "params").is_dir() and not (newest / "stats").exists()
+    assert not state.stats  # 58 MB that their own file holds already
+    shutil.rmtree(newest)
     loop.train(run, tmp_path / "run", **ONE)
     assert read_lines(tmp_path / "run") == lines
+    assert_same(saved_state(run, tmp_path / "run"), state)
     assert load(tmp_path / "run").stats == {}  # nobody needs VGG to use the tokenizer
+    linear = lpips.split(",")[1]
+    with np.load(linear) as file:
+        arrays = dict(file)
+    try:
+        np.savez(linear, **{name: 2 * a for name, a in arrays.items()})
+        lpips_weights.cache_clear()
+        more = dataclasses.replace(run, steps=3)
+        refused("lpips weights are not those .*restore", loop.train, more, tmp_path / "run", **ONE)
+    finally:
+        np.savez(linear, **arrays)
+        lpips_weights.cache_clear()
+    assert read_lines(tmp_path / "run") == lines
 
 
 def test_images_too_small_for_the_discriminator(images, tmp_path):

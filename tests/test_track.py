@@ -13,6 +13,8 @@ from lintime.train import track
 from lintime.train.errors import UserError
 from lintime.train.track import Tracker, plot_curves, read_metrics, truncate_metrics
 
+pytestmark = pytest.mark.host
+
 
 class Terminal(io.StringIO):
     def isatty(self):

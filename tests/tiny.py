@@ -92,9 +92,11 @@ def values(lines: list[dict], key: str) -> list[float]:
 
 
 def abstract_state(run: Run, device=None):
-    """ShapeDtypeStructs of the state on one device."""
+    """ShapeDtypeStructs of the state on one device, as checkpoints hold it."""
     task, place = make_task(run), jax.sharding.SingleDeviceSharding(device or jax.devices()[0])
     shapes = jax.eval_shape(lambda k: init_state(task, run, k), jax.random.key(0))
+    fixed = task.fixed_stats()
+    shapes = shapes.replace(stats={k: v for k, v in shapes.stats.items() if k not in fixed})
     return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place), shapes)
 
 
@@ -134,8 +136,11 @@ def write_config(run: Run, folder: pathlib.Path) -> pathlib.Path:
     return path
 
 
-def command(*arguments, devices: int = 1, **kwargs) -> subprocess.Popen:
-    """`lintime ...` in a process of its own on the CPU; its output is piped as text."""
+def command(*arguments, devices: int = 1, cache=None, **kwargs) -> subprocess.Popen:
+    """`lintime ...` in a process of its own on the CPU; its output is piped as text.
+
+    Commands that are given the same folder `cache` compile the same program once.
+    """
     environment = os.environ.copy()
     environment.pop("JAX_NUM_PROCESSES", None)
     environment |= {
@@ -144,6 +149,11 @@ def command(*arguments, devices: int = 1, **kwargs) -> subprocess.Popen:
         "--xla_backend_optimization_level=0",  # compiles faster
         "PYTHONUNBUFFERED": "1",
     }
+    if cache:
+        environment |= {
+            "JAX_COMPILATION_CACHE_DIR": str(cache),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        }
     return subprocess.Popen(
         [sys.executable, "-m", "lintime.train.cli", *map(str, arguments)],
         env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **kwargs,

@@ -13,7 +13,6 @@ import argparse
 import dataclasses
 import datetime
 import json
-import os
 import platform
 import shlex
 import subprocess
@@ -26,6 +25,7 @@ from .bench_report import ORIGINAL, markdown, parts_markdown, picture
 from .config_files import from_json, to_json
 from .errors import UserError
 from .files import write_atomic
+from .launch import child_environment
 from .override import apply_overrides
 from .schema import Data, Optim, Precision, Run
 from .validate import validate
@@ -286,7 +286,7 @@ def _work(job: dict[str, Any], isolate: bool) -> dict[str, Any]:
         [sys.executable, "-m", f"{__package__}.bench", "--child"],
         input=json.dumps(job), capture_output=True, text=True,
         # alone on the device; of a pool of 75% the half may be missing in one piece
-        env={"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.9"} | os.environ,
+        env=child_environment({"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.9"}),
     )  # fmt: skip
     lines = child.stdout.splitlines()
     if child.returncode == 0 and lines:

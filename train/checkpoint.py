@@ -6,7 +6,7 @@ import contextlib
 import errno
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +129,12 @@ class Checkpoints:
         """Whether a checkpoint holds a part, e.g. "ema"."""
         return (self.folder / str(step) / part).is_dir()
 
+    def names(self, step: int, part: str) -> set[str]:
+        """Top-level names of a part, e.g. {"tokenizer", "discriminator"}; none if it is absent."""
+        if not self.has(step, part):
+            return set()
+        return {path.partition("/")[0] for path in self._saved(self.folder / str(step), part)}
+
     def _read(self, step: int, parts: dict[str, Any]) -> dict[str, Any]:
         folder = self.folder / str(step)
         missing = [p for p in parts if not self.has(step, p)]
@@ -142,21 +148,23 @@ class Checkpoints:
             raise _damaged(folder) from error
         return {p: restored[p] for p in parts}
 
+    def _saved(self, folder: Path, part: str) -> dict[str, tuple]:
+        """(shape, dtype) of the arrays of a part on disk, by path."""
+        try:
+            metadata = self._manager.item_metadata(int(folder.name))[part]
+            return {
+                path_string(p): (tuple(m.shape), np.dtype(m.dtype))
+                for p, m in jax.tree_util.tree_leaves_with_path(getattr(metadata, "tree", metadata))
+            }
+        except Exception as error:
+            raise _damaged(folder) from error
+
     def _check_model(self, folder: Path, parts: dict[str, Any]) -> None:
         """Compare names, shapes and dtypes with what is on disk before reading (orbax casts
         silently).
         """
         for part, tree in parts.items():
-            try:
-                metadata = self._manager.item_metadata(int(folder.name))[part]
-                saved = {
-                    path_string(p): (tuple(m.shape), np.dtype(m.dtype))
-                    for p, m in jax.tree_util.tree_leaves_with_path(
-                        getattr(metadata, "tree", metadata)
-                    )
-                }
-            except Exception as error:
-                raise _damaged(folder) from error
+            saved = self._saved(folder, part)
             wanted = {
                 path_string(p): (tuple(a.shape), np.dtype(a.dtype))
                 for p, a in jax.tree_util.tree_leaves_with_path(tree)
@@ -183,7 +191,12 @@ def save_inference(
 
 
 def restore_inference(
-    run_dir: str | Path, abstract: dict[str, Any], *, ema: bool = True, step: int | None = None
+    run_dir: str | Path,
+    abstract: dict[str, Any],
+    *,
+    ema: bool = True,
+    step: int | None = None,
+    optional: Collection[str] = (),
 ) -> dict[str, Any]:
     """{"params", "stats"} of the newest checkpoint (or `step`); averaged weights where the run
     keeps them.
@@ -192,6 +205,7 @@ def restore_inference(
         abstract: {"params", "stats"} of ShapeDtypeStructs, with shardings if the arrays shall have
             some.
         ema: prefer the moving average.
+        optional: top-level names that are left out of the result where the checkpoint lacks them.
     """
     checkpoints = Checkpoints(run_dir)
     step = checkpoints.latest_step() if step is None else step
@@ -199,6 +213,9 @@ def restore_inference(
         raise UserError(f"{run_dir} holds no complete checkpoint; train there first")
     part = "ema" if ema and checkpoints.has(step, "ema") else "params"
     wanted = {part: abstract["params"], "stats": abstract.get("stats", {})}
+    for name in wanted if optional else ():
+        lacking = set(optional) - checkpoints.names(step, name)
+        wanted[name] = {k: v for k, v in wanted[name].items() if k not in lacking}
     restored = checkpoints.restore_parts(wanted, step)
     checkpoints.close()
     return {"params": restored[part], "stats": restored.get("stats", {})}

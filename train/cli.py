@@ -151,7 +151,7 @@ def _parser() -> _Parser:
         "          lintime sample --run runs/aim sample.classes=207,360 sample.guidance=4",
     )  # fmt: skip
     _run_arguments(sub)
-    sub.add_argument("--seed", type=int, default=0, help="the same seed draws the same")
+    sub.add_argument("--seed", type=int, help="the same seed draws the same (default: 0)")
     sub.add_argument("--prompt", help="short for sample.prompt=...; - reads standard input")
     sub.add_argument("--step", type=int, help="checkpoint step (default: the newest)")
 
@@ -190,7 +190,7 @@ def _run_arguments(sub: argparse.ArgumentParser) -> None:
 def _train(arguments: argparse.Namespace) -> None:
     from .config_files import list_configs, load_config
     from .override import apply_overrides, list_fields
-    from .validate import validate
+    from .validate import check_overrides, validate
 
     if arguments.list:
         for name, line in list_configs():
@@ -207,6 +207,7 @@ def _train(arguments: argparse.Namespace) -> None:
             print(f"{path:28} {kind:18} {value!r}")
         return
     validate(run)
+    check_overrides(run, arguments.overrides)
     profile = _profile(arguments.profile)
     from .launch import join, program
 

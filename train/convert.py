@@ -100,14 +100,16 @@ def run_command(arguments: argparse.Namespace) -> None:
             overrides=arguments.overrides,
         )  # fmt: skip
         run = read_config(out / "config.json")
-        if isinstance(run.data, ImageData):
+        if isinstance(run.net, VQTokenizerConfig):
             print(
                 f"{out} is ready:\n  lintime eval --run {out} data.path=IMAGES\n"
                 f"  lintime sample --run {out} data.path=IMAGES\n"
                 f"  lintime prepare codes IMAGES --tokenizer {out} --out DIR"
             )
         elif isinstance(run.net, DiTConfig):
-            print(f"{out} is ready:\n  lintime sample --run {out} data.autoencoder=FOLDER")
+            pixels = isinstance(run.data, ImageData)
+            more = "" if pixels else " data.autoencoder=FOLDER"
+            print(f"{out} is ready:\n  lintime sample --run {out}{more}")
         elif isinstance(run.data, CodeData):
             print(
                 f"{out} is ready:\n  lintime sample --run {out}\n"

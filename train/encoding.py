@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 from .data.codes import CodesInfo
 from .data.latents import LatentsInfo
-from .schema import CodeData, LatentData, Run
+from .errors import told_as
+from .schema import CodeData, ImageData, LatentData, Run
 from .stages import resolve
 
+# `prepare` names its images data and its folder --out.
+_IMAGE_FIELDS = "|".join(field.name for field in dataclasses.fields(ImageData))
+_IN_A_RUN = (
+    (rf"\bdata\.({_IMAGE_FIELDS})\b", r"data.images.\1"),
+    ("give another --out, or (delete the folder|empty it)", "remove it, or start with --fresh"),
+)
 FOLDERS = {CodeData: "codes", LatentData: "latents"}  # of a run, for what it encoded itself
 
 
@@ -44,7 +52,8 @@ def _codes(run: Run, run_dir: str | Path, folder: Path) -> None:
     if data.path:
         check_fingerprint(CodesInfo.finished(folder).tokenizer, tokenizer, f"{folder} holds")
     else:
-        prepare_codes(data.images, tokenizer, folder, views=data.views, resizes=data.resizes)
+        with told_as(*_IN_A_RUN):
+            prepare_codes(data.images, tokenizer, folder, views=data.views, resizes=data.resizes)
 
 
 def _latents(run: Run, folder: Path) -> None:
@@ -56,4 +65,5 @@ def _latents(run: Run, folder: Path) -> None:
     if data.path:
         check_autoencoder(LatentsInfo.finished(folder).autoencoder, autoencoder, f"{folder} holds")
     else:
-        prepare_latents(data.images, autoencoder, folder)
+        with told_as(*_IN_A_RUN):
+            prepare_latents(data.images, autoencoder, folder)

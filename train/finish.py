@@ -21,7 +21,7 @@ from .launch import program
 from .loop import Result
 from .mesh import check_batch, make_mesh
 from .override import apply_overrides, diff
-from .schema import CodeData, Data, LatentData, Run, Sample
+from .schema import CodeData, Data, FlexibleSample, LatentData, Run, Sample
 from .stages import resolve
 from .state import TrainState
 from .tasks import make_task
@@ -86,9 +86,10 @@ def finish(run: Run, result: Result, words: Sequence[str]) -> None:
         made_here = isinstance(run.data, CodeData | LatentData) and not run.data.path
         mine = "data.images.path=FOLDER_OF_CLASS_FOLDERS" if made_here else "data.path=FOLDER"
         mine = [*_with(_without_run(words), mine), "--run", "runs/mine"]
+        again = "" if isinstance(run.net, VQTokenizerConfig) else " --seed 1"
         with_tokenizer = f" data.{maker}=DIR_OR_FILE" if blind else ""
         lines += [
-            f"  sample           {lintime} sample --run {here} --seed 1{with_tokenizer}",
+            f"  sample           {lintime} sample --run {here}{again}{with_tokenizer}",
             f"  evaluate         {lintime} eval --run {here}",
             f"  your own images  {shlex.join(mine)}",
         ]
@@ -102,6 +103,10 @@ def draw(loaded, sample, seed: int) -> list:
         from .sample import sample_text
 
         return sample_text(loaded, sample, seed=seed)
+    if isinstance(sample, FlexibleSample) and len(sample.budgets) > 1:
+        from .sample_budgets import sample_budgets
+
+        return sample_budgets(loaded, sample, seed=seed)
     from .sample_images import sample_classes, sample_reconstructions
     from .tokenizer import LoadedTokenizer
 
@@ -180,16 +185,22 @@ def _losses(run: Run, loaded, split: str, path: Path, codes: Path | None) -> dic
     return result
 
 
-def sample_run(run_dir: str, overrides: list[str], seed: int, step: int | None) -> list:
+def sample_run(run_dir: str, overrides: list[str], seed: int | None, step: int | None) -> list:
     """`lintime sample`: text continued on standard output, or images written to samples/.
 
     Args:
         overrides: fields of `sample`, where the vocabulary or tokenizer has moved, or of which
             images to show reconstructions.
+        seed: of the draws; None is 0.
         step: checkpoint; None = the newest.
     """
     run = _changed(Path(run_dir), overrides, "sample", SAMPLE_FIELDS)
-    return draw(_load(run_dir, run, step), run.sample, seed)
+    if seed is not None and isinstance(run.net, VQTokenizerConfig):
+        raise UserError(
+            f"--seed {seed} would be ignored: a tokenizer shows reconstructions of data, it draws "
+            "nothing; leave it out"
+        )
+    return draw(_load(run_dir, run, step), run.sample, seed or 0)
 
 
 def _changed(run_dir: Path, overrides: list[str], command: str, allowed: tuple[str, ...]) -> Run:

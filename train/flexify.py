@@ -15,6 +15,7 @@ from ..model.nets.dit import DiT, DiTConfig
 from ..model.nets.flexidit import FlexiDiTConfig, flexify, mode_flops
 from ..model.processes.flexible import FlexibleDiffusion, FlexibleFlow
 from ..model.processes.flow import FlowMatching
+from . import convert_dit
 from .arrays import config_beside, must_be_new, read_arrays, read_hyperparameters
 from .checkpoint import FOLDER, restore_inference, save_inference
 from .config_files import read_config, save_config
@@ -28,8 +29,12 @@ from .validate import validate
 EXAMPLES = """\
 examples:
   lintime flexify runs/dit --patch-sizes 2,4 --out runs/flexi
-  lintime flexify DiT-XL-2-256x256.pt --patch-sizes 2,4 --variant lora --out runs/flexi net.rank=32
+  lintime flexify DiT-XL-2-256x256.pt --patch-sizes 2,4 --variant lora --out runs/x net.rank=32
+  lintime flexify SiT-XL-2-256.pt --layout sit --patch-sizes 2,4 --out runs/flexi-sit
 """
+
+
+BASE = "net.base."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -48,6 +53,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "sizes have embeddings of their own and adapters",
     )  # fmt: skip
     parser.add_argument("--out", metavar="DIR", required=True, help="run directory to make")
+    parser.add_argument(
+        "--layout", choices=convert_dit.LAYOUTS, help="of a published file: DiT (default) or SiT"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the adapters' first weights")
     parser.add_argument("overrides", nargs="*", metavar="field=value", help="e.g. net.rank=32")
 
@@ -56,7 +64,8 @@ def run_command(arguments: argparse.Namespace) -> None:
     """`lintime flexify`: makes the run and says what its modes cost."""
     run = flexify_run(
         arguments.source, arguments.out, patch_sizes=parse_sizes(arguments.patch_sizes),
-        variant=arguments.variant, seed=arguments.seed, overrides=arguments.overrides,
+        variant=arguments.variant, layout=arguments.layout, seed=arguments.seed,
+        overrides=arguments.overrides,
     )  # fmt: skip
     net, out = run.net, arguments.out
     print(f"{out} holds the FlexiDiT; patch size {net.powerful} is the DiT as it was.")
@@ -70,8 +79,9 @@ def run_command(arguments: argparse.Namespace) -> None:
     others = ", ".join(map(str, net.others))
     if others:
         print(
-            f"Patch size {others} has learned nothing yet. Fine-tune with the DiT's settings:\n"
-            f"  lintime train CONFIG init_from={out}"
+            f"Patch size {others} has learned nothing yet. Fine-tune, then draw at a budget:\n"
+            f"  lintime train CONFIG init_from={out}\n"
+            f"  lintime sample --run {out} sample.budgets=1,0.6"
         )
 
 
@@ -95,6 +105,7 @@ def flexify_run(
     *,
     patch_sizes: Sequence[int],
     variant: str = "shared",
+    layout: str | None = None,
     seed: int = 0,
     overrides: Sequence[str] = (),
 ) -> Run:
@@ -104,8 +115,10 @@ def flexify_run(
         source: run directory (its averaged weights where it keeps them), or a published checkpoint,
             as `convert` reads it. out: run directory to make.
         patch_sizes, variant: of `FlexiDiTConfig`. seed: of the adapters.
+        layout: of a published checkpoint, as for `convert`.
         overrides: `field=value`, applied last: settings of the net such as net.rank, or whatever
-            the run needs, but nothing of the DiT itself.
+            the run needs. net.base.n_head and the like tell what a published file does not; they
+            cannot change the DiT of a run.
 
     Returns:
         The new run.
@@ -115,14 +128,15 @@ def flexify_run(
             exists, or an override that changes the DiT.
     """
     out = must_be_new(Path(out))
-    run, params = _trained_dit(Path(source))
+    told = [o.replace(BASE, "net.", 1) for o in overrides if o.startswith(BASE)]
+    run, params = _trained_dit(Path(source), layout, told)
     base = run.net
     net = FlexiDiTConfig(base=base, patch_sizes=tuple(patch_sizes), variant=variant)
     run = apply_overrides(flexible_run(run, net), overrides)
     if run.net.base != base:
         raise UserError(
             f"net.base is the DiT of {source} and cannot be changed; leave out "
-            f"{', '.join(o for o in overrides if o.startswith('net.base.'))}"
+            f"{', '.join(o for o in overrides if o.startswith(BASE))}"
         )
     validate(run)
     try:
@@ -136,22 +150,31 @@ def flexify_run(
 
 
 def flexible_run(run: Run, net: FlexiDiTConfig) -> Run:
-    """The run of a DiT with another net, and process and samples as that takes them."""
+    """The run of a DiT with another net, and process and samples as that takes them.
+
+    Modes of the shared variant learn what the net was trained for; adapters ("lora") follow the
+    powerful mode alone.
+    """
     flow = isinstance(run.process, FlowMatching)
-    process = (FlexibleFlow if flow else FlexibleDiffusion)(**vars(run.process))
+    terms = {"denoise": 0.0, "distill": 1.0} if net.variant == "lora" else {}
+    process = (FlexibleFlow if flow else FlexibleDiffusion)(**vars(run.process), **terms)
     sample = FlexibleSample(**vars(run.sample))
     return dataclasses.replace(
         run, net=net, process=process, sample=sample, init_from="", stages=()
     )
 
 
-def _trained_dit(source: Path) -> tuple[Run, dict[str, Any]]:
-    """The run of a DiT and its parameters.
+def _trained_dit(
+    source: Path, layout: str | None, told: Sequence[str]
+) -> tuple[Run, dict[str, Any]]:
+    """The run of a DiT and its parameters; `layout` and overrides `told` are for files.
 
     Raises:
         UserError: it is of another net, or not readable.
     """
     if (source / FOLDER).is_dir():
+        if layout:
+            raise UserError(f"--layout {layout} is of published files; {source} is a run")
         run = read_config(source / "config.json")
         _check_kind(run, source)
         net = run.net
@@ -165,7 +188,7 @@ def _trained_dit(source: Path) -> tuple[Run, dict[str, Any]]:
     beside = config_beside(source)
     config, reference = read_hyperparameters(beside) if beside else (None, None)
     run, variables = recognise(flat).to_run(
-        flat, layout=None, config=config, reference=reference, overrides=(), source=source
+        flat, layout=layout, config=config, reference=reference, overrides=told, source=source
     )
     _check_kind(run, source)
     return run, variables["params"]

@@ -30,6 +30,11 @@ def program() -> list[str]:
     return ["uv", "run", "lintime"] if "UV" in os.environ else ["lintime"]
 
 
+def child_environment(defaults: dict[str, str]) -> dict[str, str]:
+    """The environment of a child process: this one's, and `defaults` where it says nothing."""
+    return defaults | os.environ
+
+
 def join(
     coordinator: str = "", processes: int = 0, index: int = -1, distributed: bool = False
 ) -> None:

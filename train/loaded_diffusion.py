@@ -99,8 +99,11 @@ def jit_sampler(denoise, dit: DiTConfig, process, segments, **options) -> Callab
     """The jitted sampler of a denoiser of images as `dit` has them."""
     return jax.jit(
         make_diffusion_sampler(
-            denoise, process, segments=segments,
+            denoise,
+            process,
+            segments=segments,
             shape=(dit.input_size, dit.input_size, dit.in_channels),
-            null_label=dit.num_classes if dit.class_dropout else None, **options,
+            null_label=dit.num_classes if dit.class_dropout else None,
+            **options,
         )  # fmt: skip
     )

@@ -67,7 +67,7 @@ def flexible_segments(
         ValueError: a budget that cannot be met, or no such patch size.
     """
     weak = s.weak or config.weak
-    fixed = dict(powerful=config.powerful, weak=weak, guidance=s.kind)
+    fixed = dict(powerful=config.powerful, weak=weak, guidance=s.guide)
     segments = plan(s.steps, mode_costs(config), budget=budget, **fixed)
     if not s.weak_guidance:
         return segments
@@ -81,7 +81,9 @@ def flexible_flops(config: FlexiDiTConfig, s: FlexibleSample, budget: float) -> 
     segments = flexible_segments(config, s, budget)
     if s.guidance == 1.0:
         segments = tuple(
-            Segment(steps=part.steps, mode=part.mode, guide="none" if part.scale is None else "null")
+            Segment(
+                steps=part.steps, mode=part.mode, guide="none" if part.scale is None else "null"
+            )
             for part in segments
         )
     calls = 2 if s.method == "heun" else 1

@@ -19,16 +19,15 @@ from .checkpoint import Checkpoints
 from .config_files import check_continuation, read_config, save_config
 from .data.open import open_split
 from .encoding import encode_data
-from .errors import UserError
+from .errors import UserError, told_as
 from .evaluate import make_evaluator
 from .launch import StopRequest, agree, stop_on_signals
 from .mesh import check_batch, local_rows, make_mesh, put_batch, state_shardings
 from .metrics import Clock
-from .schema import Checkpoint, Run
+from .schema import Checkpoint, CodeData, ImageData, Run
 from .stages import check_stages, is_finished, resolve, stage_dir, stages_of
-from .state import TrainState
+from .start import check_fixed, digest, placed, start_from, without
 from .step import init_state, jit_step, make_train_step
-from .task import Task
 from .tasks import make_task
 from .track import Tracker, plot_curves, truncate_metrics
 
@@ -86,7 +85,9 @@ def train(
                 "that all share"
             )
         if not finished:
-            result = train(stage, folder, devices=devices)
+            own = [(r"\bdata\.path\b", "data.images.path")] if _lends_images(run, number) else []
+            with told_as(*own):
+                result = train(stage, folder, devices=devices)
             if result.stopped:
                 return dataclasses.replace(result, where=f"stage {number}")
     encoded = encode_data(run, run_dir)
@@ -95,6 +96,10 @@ def train(
     val_data = open_split(run, "validation", run_dir, encoded)
     task.check_data(train_data)
     meta = {"fingerprint": {"train": train_data.fingerprint, "validation": val_data.fingerprint}}
+
+    fixed = task.fixed_stats()
+    if fixed:
+        meta["fixed"] = {name: digest(tree) for name, tree in fixed.items()}
 
     # ---- mesh and state -----------------------------------------------------------------------
     mesh = make_mesh(run.mesh, devices)
@@ -115,17 +120,20 @@ def train(
 
     # ---- resume, or start ---------------------------------------------------------------------
     checkpoints = Checkpoints(run_dir, run.checkpoint)
-    start = checkpoints.latest_step()
+    start, new = checkpoints.latest_step(), []
     if start is not None:
         _check_fingerprint(checkpoints.meta(start).get("fingerprint"), meta["fingerprint"])
-        state = checkpoints.restore(abstract, start)
+        check_fixed(checkpoints.meta(start).get("fixed") or {}, meta.get("fixed") or {})
+        state = checkpoints.restore(without(abstract, fixed), start)
+        state = state.replace(stats=state.stats | placed(fixed, shardings.stats))
     else:
         start = 0
         with jax.set_mesh(mesh):
             init = jax.jit(lambda k: init_state(task, run, k), out_shardings=shardings)
             state = init(jax.random.key(run.seed))
         if run.init_from:
-            state = _start_from(task, resolve(run.init_from, run_dir), state, abstract)
+            path = resolve(run.init_from, run_dir)
+            state, new = start_from(task, path, state, without(abstract, fixed))
     if primary:
         save_config(run, saved_config)
         truncate_metrics(run_dir / "metrics.jsonl", start)
@@ -140,6 +148,8 @@ def train(
         + (f", continuing at step {start}" if start else "")
     )
 
+    if new:
+        tracker.message(f"init_from={path}: it has no {', '.join(new)}, which starts fresh")
     if whole := unsharded(abstract.params, mesh):
         tracker.message(
             f"kept whole on every device, fsdp does not divide them: {', '.join(whole)}"
@@ -153,7 +163,8 @@ def train(
     def finish_update(number: int, metrics: Any) -> None:
         values = {k: v.item() for k, v in jax.device_get(metrics).items()}
         if not values.pop("ok"):
-            raise UserError(_keep_failure(run_dir, number - 1, state, train_data, rows, meta))
+            kept = without(state, fixed)
+            raise UserError(_keep_failure(run_dir, number - 1, kept, train_data, rows, meta))
         values |= clock.tick()
         tracker.progress(number, values)
         if number % run.log.every == 0 or number == run.steps:
@@ -173,7 +184,7 @@ def train(
             if step > start:  # a finished run that is called again has this line already
                 tracker.log(step, line)
         if final or _due(step, run.checkpoint.every):
-            checkpoints.save(state, meta, val_loss)
+            checkpoints.save(without(state, fixed), meta, val_loss)
         clock.pause()
 
     try:
@@ -210,7 +221,7 @@ def train(
             # ---- the end, or the save before leaving -------------------------------------------
             if stopped:
                 tracker.message(f"{stopped}: saving step {step} and leaving")
-                checkpoints.save(state, meta)
+                checkpoints.save(without(state, fixed), meta)
             else:
                 save_and_validate(final=True)
             checkpoints.close()
@@ -220,6 +231,14 @@ def train(
             with contextlib.suppress(UserError):  # nothing to draw yet, or the disk is full
                 plot_curves(run_dir)
     return Result(run_dir, step, last_val, stopped)
+
+
+def _lends_images(run: Run, number: int) -> bool:
+    """Whether a stage has the images of its run."""
+    stage = run.stages[number]
+    return (
+        isinstance(run.data, CodeData) and isinstance(stage.data, ImageData) and not stage.data.path
+    )
 
 
 def _due(step: int, every: int) -> bool:
@@ -258,14 +277,3 @@ def _check_fingerprint(saved: dict | None, now: dict) -> None:
                     f"the {split} data is not what this run was trained on ({key} was "
                     f"{before.get(key)}, is {value}); restore the data, or start anew with --fresh"
                 )
-
-
-def _start_from(task: Task, path: str, state: TrainState, abstract: TrainState) -> TrainState:
-    """Weights and codebooks of another run or converted checkpoint; optimiser and step stay new."""
-    wanted = {"params": abstract.params, "stats": abstract.stats}
-    try:
-        loaded = task.start_from(path, wanted)
-    except UserError as error:
-        raise UserError(f"init_from={path}: {error}") from error
-    state = state.replace(params=loaded["params"], stats=loaded["stats"])
-    return state.replace(ema=jax.tree.map(jax.numpy.copy, loaded["params"])) if state.ema else state

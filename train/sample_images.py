@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
+import hashlib
+import json
 import sys
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 import jax.numpy as jnp
 import numpy as np
@@ -13,6 +16,7 @@ import tqdm
 
 from .data.open import open_split
 from .evaluate.reference import write_samples_npz
+from .files import write_atomic
 from .loaded_images import LoadedImages
 from .pictures import image_grid, save_each, save_png, to_uint8
 from .schema import ImageSample
@@ -25,6 +29,48 @@ def classes_of(sample: ImageSample, num_classes: int) -> list[int]:
     """The class of each image to draw: `sample.classes` (or all) in turn."""
     classes = sample.classes or tuple(range(num_classes))
     return [classes[i % len(classes)] for i in range(sample.count or len(classes))]
+
+
+_NOT_DRAWN = ("files", "npz", "rows")  # how images are written, and how many are drawn at a time
+
+
+def _drawn(sample: ImageSample) -> dict[str, Any]:
+    """The settings that pictures depend on."""
+    return {k: v for k, v in dataclasses.asdict(sample).items() if k not in _NOT_DRAWN}
+
+
+def _changed(sample: ImageSample, usual: ImageSample) -> list[str]:
+    """Settings other than the run's own as parts of a file name: guidance and two more by name and
+    value, the rest as a hash.
+    """
+    usual = _drawn(usual)
+    values = {k: v for k, v in _drawn(sample).items() if v != usual[k]}
+    names = sorted(values, key=lambda k: k != "guidance")
+    parts = []
+    for name in names:
+        value = values[name]
+        text = ",".join(map(str, value)) if isinstance(value, tuple) else f"{value}"
+        parts.append(f"{name}{text}".removesuffix(".0"))
+    if len(parts) <= 3 and all(len(part) <= 24 for part in parts):
+        return parts
+    digest = hashlib.sha256(repr(sorted(values.items())).encode()).hexdigest()[:8]
+    return [*(part for part in parts if part.startswith("guidance")), digest]
+
+
+def _stem(folder: Path, stem: str, settings: dict[str, Any]) -> str:
+    """`stem`, numbered where files of that name were drawn with other settings.
+
+    A .json file beside the pictures holds all settings, so that the same command writes the same
+    files again and another one never writes over them.
+    """
+    text, number, name = json.dumps(settings, indent=2) + "\n", 1, stem
+    while (beside := folder / f"{name}.json").exists() or (folder / f"{name}.png").exists():
+        if beside.exists() and beside.read_text() == text:
+            return name
+        number += 1
+        name = f"{stem}-{number}"
+    write_atomic(beside, text)
+    return name
 
 
 def sample_classes(
@@ -42,7 +88,15 @@ def sample_classes(
     classes = classes_of(sample, loaded.num_classes)
     settings = loaded.settings(sample)
     folder = Path(loaded.path or ".") / "samples"
-    stem = f"step{loaded.step:08d}-seed{seed}"
+    stem = _stem(
+        folder,
+        "-".join([f"step{loaded.step:08d}-seed{seed}", *_changed(sample, loaded.config.sample)]),
+        {
+            "step": loaded.step, "seed": seed, "sample": _drawn(sample),
+            "precision": dataclasses.asdict(loaded.config.precision),
+            "tokenizer": loaded.tokenizer.fingerprint,
+        },
+    )  # fmt: skip
     names = [f"{stem}-{i:05d}-class{c}" for i, c in enumerate(classes)]
     kept: list[np.ndarray] = []
 
@@ -97,7 +151,17 @@ def sample_reconstructions(
             part = to_uint8(part[at : at + columns])
             missing = columns - len(part)
             rows.append(np.pad(part, ((0, missing), (0, 0), (0, 0), (0, 0)), constant_values=255))
-    path = Path(loaded.path or ".") / "samples" / f"step{loaded.step:08d}-reconstructions.png"
+    folder = Path(loaded.path or ".") / "samples"
+    stem = _stem(
+        folder,
+        f"step{loaded.step:08d}-reconstructions",
+        {
+            "step": loaded.step, "images": len(images), "columns": columns,
+            "data": dataclasses.asdict(loaded.config.data),
+            "precision": dataclasses.asdict(loaded.config.precision),
+        },
+    )  # fmt: skip
+    path = folder / f"{stem}.png"
     save_png(image_grid(np.concatenate(rows), columns), path)
     out.write(f"images and their reconstructions below them: {path}\n")
     return [path]

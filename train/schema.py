@@ -336,14 +336,14 @@ class FlexibleSample(DiffusionSample):
         budgets: shares of the FLOPs of the base's patch size throughout; the first steps are weak,
             as many as that takes. Several draw the same images once for each, for comparison.
         weak: patch size of the weak steps; 0 = the largest.
-        kind: of guidance: "cfg", "weak_uncond" or "weak_cond" (see `lintime.model.sampling.budget`)
-            guide steps of the base's patch size by the same or by the weak patch size.
+        guide: "cfg", "weak_uncond" or "weak_cond": which prediction guides steps of the base's
+            patch size, see `lintime.model.sampling.budget.with_guidance`.
         weak_guidance: guidance strength of weak steps; 0 = `guidance`.
     """
 
     budgets: tuple[float, ...] = (1.0,)
     weak: int = 0
-    kind: str = "cfg"
+    guide: str = "cfg"
     weak_guidance: float = 0.0
 
 

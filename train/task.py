@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 from collections.abc import Hashable
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +30,8 @@ class Task(abc.ABC):
         metric: name of the system's own metric, shown beside the loss.
         unit: what speed is counted in: "tokens" or "images".
         mode: which of `modes` the functions of arrays compute in.
+        optional: top-level parts of `params` and `stats` that a checkpoint named by `init_from` may
+            lack; they start new.
     """
 
     run: Run
@@ -37,6 +39,7 @@ class Task(abc.ABC):
 
     metric = "loss"
     unit = "images"
+    optional: ClassVar[tuple[str, ...]] = ()
 
     @property
     @abc.abstractmethod
@@ -87,7 +90,14 @@ class Task(abc.ABC):
         Raises:
             UserError: nothing there, or weights of another model.
         """
-        return restore_inference(path, wanted)
+        return restore_inference(path, wanted, optional=self.optional)
+
+    def fixed_stats(self) -> dict[str, Any]:
+        """Top-level parts of `stats` that never change and come from files, as NumPy arrays.
+
+        They are read anew when a run continues, and are no part of its checkpoints.
+        """
+        return {}
 
     def init_carry(self, batch_size: int) -> Any:
         """Recurrent state between updates, batch on axis 1 of every leaf; {} if there is none."""

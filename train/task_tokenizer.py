@@ -26,13 +26,15 @@ class TokenizerTask(Task):
     Parameters are {"tokenizer"} and, with disc_weight > 0, {"discriminator"}, each with an
     optimiser state and a gradient norm of its own. Both are updated from one backward pass: the
     reference, too, takes both gradients at the weights before the update. `stats` holds the
-    discriminator's batch-norm statistics and the fixed weights of LPIPS.
+    discriminator's batch-norm statistics and the fixed weights of LPIPS, which are read from their
+    file whenever a run starts and are no part of its checkpoints.
 
     With several micro-batches batch norm, the entropy loss and the adaptive weight see one
     micro-batch at a time.
     """
 
     metric = "psnr"
+    optional = ("discriminator",)  # converted tokenizers have none
 
     @property
     def net(self) -> VQTokenizer:
@@ -63,10 +65,13 @@ class TokenizerTask(Task):
 
     def init(self, key):
         out = self._weights(key)
-        if self.run.process.perceptual_weight:
-            lpips = lpips_weights(self.run.process.lpips)
-            out["stats"]["lpips"] = jax.tree.map(jnp.asarray, lpips)
+        out["stats"] |= jax.tree.map(jnp.asarray, self.fixed_stats())
         return out
+
+    def fixed_stats(self):
+        """{"lpips": its weights} where there is a perceptual loss."""
+        process = self.run.process
+        return {"lpips": lpips_weights(process.lpips)} if process.perceptual_weight else {}
 
     def abstract(self):
         """Inference needs the tokenizer's parameters only; no file is read."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from ..model.layers.image_coder import check_channels
 from ..model.nets import aim, dit, mamba_lm
@@ -19,9 +20,9 @@ from ..model.processes.flow import FlowMatching
 from ..model.processes.gaussian import GaussianDiffusion
 from .config_files import KINDS, unknown_kind
 from .errors import UserError
-from .override import leaves, matches, nearest, type_name
 from .loaded_diffusion import make_sampler, solver_options
 from .loaded_flexible import flexible_segments
+from .override import leaves, matches, nearest, type_name
 from .schema import (
     CodeData,
     Data,
@@ -70,7 +71,7 @@ _CHOICES = {
     "process.gen_loss": ("hinge", "non_saturating"),
     "data.views": ("center", "flip", "ten"),
     "data.crop": ("random", "center"),
-    "sample.kind": ("cfg", "weak_uncond", "weak_cond"),
+    "sample.guide": ("cfg", "weak_uncond", "weak_cond"),
     "sample.method": ("ddpm", "ddim", "dpm++2m", "euler", "heun", "sde"),
     "data.filter": ("lanczos", "bicubic", "nearest"),
     "data.images.filter": ("lanczos", "bicubic", "nearest"),
@@ -86,9 +87,9 @@ _RANGES = (
         "sample.length sample.rows net.vocab_size net.d_model net.n_layer net.n_head net.d_k "
         "net.n_code net.block_len net.d_conv net.expand net.headdim net.ngroups net.chunk "
         "net.num_classes net.num_tokens net.num_groups net.ch net.num_res_blocks net.z_channels "
-        "net.codebook_size net.codebook_dim net.input_size net.patch_size net.in_channels net.n_head "
-        "sample.steps process.timesteps data.size data.images.size process.disc_features "
-        "process.disc_layers",
+        "net.codebook_size net.codebook_dim net.input_size net.patch_size net.in_channels "
+        "net.n_head sample.steps process.timesteps data.size data.images.size "
+        "process.disc_features process.disc_layers",
     ),
     (
         ">= 0",
@@ -100,7 +101,8 @@ _RANGES = (
         "net.d_intermediate net.norm_epsilon net.position_offset process.reconstruction_weight "
         "process.perceptual_weight process.disc_weight process.disc_start process.codebook_weight "
         "process.commitment_weight process.entropy_weight sample.count sample.columns "
-        "eval.samples sample.eta sample.guidance_channels net.base_patch data.resize_max data.images.workers",
+        "eval.samples sample.eta sample.guidance_channels net.base_patch data.resize_max "
+        "data.images.workers",
     ),
     (
         "in [0, 1)",
@@ -196,6 +198,7 @@ def _check_relations(run: Run) -> None:
             )
     if isinstance(run.data, CodeData):
         _check_codes(run)
+    _check_used(run)
 
 
 def _check_diffusion(run: Run) -> None:
@@ -245,6 +248,36 @@ def _check_kinds(run: Run) -> None:
             )
 
 
+def _check_used(run: Run) -> None:
+    """Refuses settings that this kind of run would ignore."""
+    text, tokenizer = isinstance(run.data, Data), isinstance(run.net, VQTokenizerConfig)
+    if (text or tokenizer) and run.eval.samples:
+        raise UserError(
+            f"eval.samples={run.eval.samples}: only models of images by class draw some "
+            "to judge; leave it out"
+        )
+    if text:
+        for name in ("inception", "reference"):
+            if getattr(run.eval, name):
+                raise UserError(
+                    f"eval.{name}={getattr(run.eval, name)} judges images, this is a model of "
+                    "text; leave it out"
+                )
+    if tokenizer:
+        if run.eval.reference:
+            raise UserError(
+                f"eval.reference={run.eval.reference}: a tokenizer's reconstructions are compared "
+                "with the images themselves; leave it out"
+            )
+        for name, value in vars(ImageSample()).items():
+            mine = getattr(run.sample, name)
+            if name not in ("count", "columns") and mine != value:
+                raise UserError(
+                    f"sample.{name}={mine} would be ignored: a tokenizer shows reconstructions of "
+                    "data, it draws nothing; sample.count and sample.columns are read"
+                )
+
+
 def _check_codes(run: Run) -> None:
     data = run.data
     if not data.resizes or min(data.resizes) < 1 or len(set(data.resizes)) < len(data.resizes):
@@ -278,3 +311,33 @@ def _divides(whole_name: str, whole: int, part_name: str, part: int) -> None:
         raise UserError(
             f"{whole_name}={whole} is not divisible by {part_name}={part}; set {part_name}={best}"
         )
+
+
+def check_overrides(run: Run, overrides: Sequence[str]) -> None:
+    """Refuses overrides of `train` that say how codes are made where none will be.
+
+    A config may say it, so that naming a folder of codes is enough to use that instead.
+
+    Args:
+        run: with the overrides applied. overrides: "field=value".
+
+    Raises:
+        UserError: the first of them.
+    """
+    if not isinstance(run.data, CodeData) or not run.data.path:
+        return
+    from .stages import stages_of
+
+    # a stage that trains the tokenizer takes its images from here
+    lent = any(
+        isinstance(run.stages[number].data, ImageData) and not run.stages[number].data.path
+        for number in stages_of(run)
+    )
+    read = "data.images.path" if lent else ""
+    for override in overrides:
+        field = override.partition("=")[0].strip()
+        if field.startswith(("data.images.", "data.views", "data.resizes")) and field != read:
+            raise UserError(
+                f"{field} says how codes are made, but data.path={run.data.path} holds codes "
+                "already; leave one of the two out"
+            )

@@ -33,7 +33,7 @@ config = Run(
         method="euler", steps=25, guidance=2.0, count=100, columns=10, rows=100
     ),
     batch_size=64,
-    steps=1500,
+    steps=1200,
     checkpoint=Checkpoint(every=0, keep=1),
     eval=Eval(every=0, batches=0),
     log=Log(every=20),

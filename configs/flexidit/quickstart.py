@@ -4,6 +4,8 @@ Paper: FlexiDiT, arXiv 2502.20126 (a very small relative on scikit-learn's 1,797
 Command: lintime train flexidit/quickstart
 """
 
+import dataclasses
+
 from ...model.nets.flexidit import FlexiDiTConfig
 from ...model.processes.flexible import FlexibleFlow
 from ...train.schema import (
@@ -15,7 +17,9 @@ from ...train.schema import (
     Optim,
     Run,
 )
-from ..dit.quickstart import config as dit
+from ..dit.quickstart import config as quickstart
+
+dit = dataclasses.replace(quickstart, steps=800)
 
 config = Run(
     stages=(dit,),

@@ -196,10 +196,14 @@ def dit_config_from_reference(
     known = {channels * patch**2: False, 2 * channels * patch**2: True}
     if out not in known:
         raise ValueError(f"the last layer has {out} rows; patches of {patch} need {list(known)}")
+    hidden = shape_of(flat, "blocks.0.mlp.fc1.weight", 2)[0]
+    ratio = hidden / width
+    if int(ratio * width) < hidden:  # lost to rounding
+        ratio = math.nextafter(ratio, math.inf)
     return DiTConfig(
         input_size=input_size, patch_size=patch, in_channels=channels, d_model=width,
         n_layer=len(blocks), n_head=n_head or HEADS[width],
-        mlp_ratio=shape_of(flat, "blocks.0.mlp.fc1.weight", 2)[0] / width,
+        mlp_ratio=ratio,
         num_classes=shape_of(flat, TABLE, 2)[0] - (class_dropout > 0),
         class_dropout=class_dropout, learn_sigma=known[out],
     )  # fmt: skip

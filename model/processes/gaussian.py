@@ -45,7 +45,7 @@ class GaussianDiffusion:
             "kl": the bound's term alone; "rescaled_kl": times the number of steps.
 
     Raises:
-        ValueError: an unknown choice, no timesteps, or nothing to rescale.
+        ValueError: an unknown choice, too few timesteps, or nothing to rescale.
     """
 
     timesteps: int = 1000
@@ -58,8 +58,11 @@ class GaussianDiffusion:
         for field, names in CHOICES.items():
             if getattr(self, field) not in names:
                 raise ValueError(f"{field}={getattr(self, field)!r}; choose {' or '.join(names)}")
-        if self.timesteps < 1:
-            raise ValueError(f"timesteps={self.timesteps}; at least 1 is needed")
+        least = 21 if self.schedule == "linear" else 1  # beta = 20 / timesteps < 1
+        if self.timesteps < least:
+            raise ValueError(
+                f"timesteps={self.timesteps}; schedule={self.schedule!r} needs at least {least}"
+            )
         if self.loss == "rescaled_mse" and not self.learns_variance:
             raise ValueError(
                 f"loss='rescaled_mse' rescales the term of learned variances, but "

@@ -82,8 +82,8 @@ def guided_prediction(
 ) -> Array:
     """e_g + s (e_m - e_g) on the first `channels` channels, the main prediction on the others.
 
-    Main and guiding prediction see the same x. They are one call of 2B rows, main rows first, if
-    they have the same mode, else two calls.
+    Main and guiding prediction see the same x. They are one call of 2B rows if they have the same
+    mode (row 2i the main, 2i + 1 the guiding prediction of image i), else two calls.
 
     Args:
         denoise: see `make_diffusion_sampler`. x: [B, H, W, C]; t: [B]; labels: [B].
@@ -97,9 +97,11 @@ def guided_prediction(
     guide_mode = segment.mode if segment.guide_mode is None else segment.guide_mode
     others = labels if segment.guide == "same" else jnp.full_like(labels, null_label)
     if guide_mode == segment.mode:
-        twice = lambda a: jnp.concatenate([a, a])
-        both = jnp.concatenate([labels, others])
-        main, guide = jnp.split(denoise(variables, twice(x), twice(t), both, segment.mode), 2)
+        # The two of a row are neighbours: rows that are sharded stay where they are.
+        pair = lambda a, b: jnp.stack([a, b], axis=1).reshape(-1, *a.shape[1:])
+        both = denoise(variables, pair(x, x), pair(t, t), pair(labels, others), segment.mode)
+        both = both.reshape(-1, 2, *both.shape[1:])
+        main, guide = both[:, 0], both[:, 1]
     else:
         main = denoise(variables, x, t, labels, segment.mode)
         guide = denoise(variables, x, t, others, guide_mode)
@@ -229,7 +231,8 @@ def make_diffusion_sampler(
     Returns:
         sampler(variables, keys, labels, *, guidance=None) -> x [B, H, W, C] float32
 
-        keys: [B] PRNG keys, one per image (`row_keys`); row i's noise comes from keys[i] alone.
+        keys: [B] PRNG keys, one per image (`row_keys`); row i starts at fold_in(keys[i], 0), and
+        its iteration k draws with fold_in(keys[i], k + 1).
         labels: [B] int32. guidance: s of e_g + s (e_m - e_g), a number or [B], traced; None is
             s = 1 without the cost of the guiding prediction, where a segment has no scale of its
             own.

@@ -26,8 +26,13 @@ def config_of(case: Case) -> DiTConfig:
     """The config of a case, which must be what the arrays tell."""
     config = dit_config_from_fields(case.config.get("model", case.config))
     told = dit_config_from_reference(
-        case.params, n_head=config.n_head, class_dropout=config.class_dropout
+        case.params,
+        n_head=config.n_head,
+        class_dropout=config.class_dropout,
+        input_size=0 if "pos_embed" in case.params else config.input_size,
     )
+    if told.d_intermediate == config.d_intermediate:  # of which shapes tell the ratio nearly
+        told = dataclasses.replace(told, mlp_ratio=config.mlp_ratio)
     if told != config:
         raise ValueError(f"the arrays tell {told}, the config says {config}")
     return config

@@ -9,13 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lintime.model.convert.dit import dit_from_reference
+from lintime.model.convert.dit import dit_config_from_fields, dit_from_reference
 from lintime.model.convert.flexidit import flexidit_from_reference, flexidit_to_reference
-from lintime.model.nets.dit import DiT, DiTConfig
+from lintime.model.nets.dit import DiT
 from lintime.model.nets.flexidit import FlexiDiTConfig, flexify, mode_config, mode_params
 
 from ..compare import Report
-from ..dit.net import FIELDS, nchw, nhwc
+from ..dit.net import nchw, nhwc
 from ..quick import quick_jit
 
 
@@ -25,7 +25,7 @@ def config_of(case: dict[str, Any]) -> FlexiDiTConfig:
     Raises:
         AssertionError: p0 is not the patch of the base.
     """
-    base = DiTConfig(**{FIELDS[name]: value for name, value in case["model"].items()})
+    base = dit_config_from_fields(case["model"])
     p0 = case.get("p0", base.patch_size)
     assert p0 == base.patch_size, f"p0={p0}, the base has patch {base.patch_size}"
     if case["variant"] == "lora":

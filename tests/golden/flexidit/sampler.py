@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 
+from lintime.model.convert.dit import dit_from_reference
 from lintime.model.convert.flexidit import flexidit_from_reference
-from lintime.model.nets.flexidit import flexible_denoiser, materialise, mode_flops
+from lintime.model.nets.flexidit import flexible_denoiser, flexify, materialise, mode_flops
 from lintime.model.processes.gaussian import GaussianDiffusion, gaussian_tables
 from lintime.model.sampling.budget import plan
 from lintime.model.sampling.diffusion import make_trajectory
@@ -22,7 +24,11 @@ def sampler(report: Report) -> None:
     case = report.case.config
     source = load_manifest(report.case.folder).load(case["params_from"])
     config = config_of(source.config)
-    params = flexidit_from_reference(source.params, config)
+    if source.config.get("at_initialisation"):
+        base = dit_from_reference(source.params, config.base)
+        params = flexify(config, base, jax.random.key(0))
+    else:
+        params = flexidit_from_reference(source.params, config)
     process = GaussianDiffusion(
         variance="learned_range" if config.base.learn_sigma else "fixed_large"
     )
