@@ -37,7 +37,7 @@ VARIANTS = {
     "vq-matmul": {"attention": "vq", "reduction": "matmul"},
     "dense": {"attention": "dense"},
 }
-SUITES = ("training", "ssm", "aim")
+SUITES = ("training", "ssm", "aim", "dit")
 ALIASES = {"flash": "dense-flash", "vq-scan": "vq-associative"}
 DEFAULT_VARIANTS = ("dense-flash", "vq-serial", "vq-associative", "vq-matmul")
 # Options by the suites that have them; the others (--out, --json) are for all.
@@ -48,6 +48,7 @@ OPTIONS = {
     ),
     "ssm": ("ops", "variants", "steps"),
     "aim": ("sizes", "batch", "only", "repeats", "steps", "remat", "overrides", "isolate"),
+    "dit": ("sizes", "batch", "only", "repeats", "steps", "remat", "overrides", "isolate"),
 }  # fmt: skip
 TAKEN = {
     "net.attention": "--variants", "net.reduction": "--variants", "net.head_type": "--head",
@@ -67,7 +68,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="training",
         choices=SUITES,
         help="training steps (default); ssm: state-space cores (--ops, --steps, --variants); aim: "
-        "images, sampled and trained on (--sizes, --batch, --only, --repeats, --steps, --remat)",
+        "images, sampled and trained on (--sizes, --batch, --only, --repeats, --steps, --remat); "
+        "dit: the same of diffusion, and FlexiDiT",
     )
     add("--ops", nargs="+", metavar="OP", default=[], help="ssm: which ops (default all)")
     add("--lengths", nargs="+", metavar="T", default=[],
@@ -91,7 +93,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="one process per measurement (default: on an accelerator)")  # fmt: skip
     bench_aim.add_arguments(parser)
     add("--out", default="runs/bench", metavar="DIR",
-        help="for bench.md, .json and .png (ssm.*, aim.*, op.*; default runs/bench)")  # fmt: skip
+        help="for bench.md, .json, .png (or ssm.*, aim.*, dit.*, op.*)")  # fmt: skip
     add("--json", action="store_true", help="print the JSON instead of the tables")
 
 
@@ -99,8 +101,8 @@ def bench(arguments: argparse.Namespace) -> dict[str, Any]:
     """Run the suite that the arguments name.
 
     Raises:
-        UserError: see `bench_training`, `bench_ssm.bench`, `bench_aim.bench`; or an option of
-            another suite.
+        UserError: see `bench_training`, `bench_ssm.bench`, `bench_aim.bench`, `bench_dit.bench`;
+            or an option of another suite.
     """
     other = {name for names in OPTIONS.values() for name in names}
     other -= set(OPTIONS[arguments.suite])
@@ -111,9 +113,9 @@ def bench(arguments: argparse.Namespace) -> dict[str, Any]:
             raise UserError(f"{action.option_strings[0]} does not apply to bench {arguments.suite}")
     if arguments.suite == "training":
         return bench_training(arguments)
-    from . import bench_aim, bench_ssm
+    from . import bench_aim, bench_dit, bench_ssm
 
-    suite = {"ssm": bench_ssm, "aim": bench_aim}[arguments.suite]
+    suite = {"ssm": bench_ssm, "aim": bench_aim, "dit": bench_dit}[arguments.suite]
     steps = _whole(arguments.steps or "10", "--steps")
     return suite.bench(arguments, command_line(arguments), steps)
 
@@ -256,6 +258,10 @@ def _do(job: dict[str, Any]) -> dict[str, Any]:
         from . import bench_aim
 
         return bench_aim.work(job)
+    if job["kind"].startswith("dit-"):
+        from . import bench_dit
+
+        return bench_dit.work(job)
     if job["kind"] == "check":
         return {v: _check(measure, from_json(run)) for v, run in job["runs"].items()}
     run = from_json(job["run"])

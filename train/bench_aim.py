@@ -13,14 +13,16 @@ import dataclasses
 import datetime
 import json
 import platform
-import statistics
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ..model.nets.aim import AiMConfig
 from .bench_aim_report import TRAINING, markdown, picture, row
+from .bench_steps import peak_memory, time_updates
 from .config_files import from_json, to_json
 from .errors import UserError
 from .files import write_atomic
@@ -80,11 +82,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options that only `lintime bench aim` has."""
     add = parser.add_argument
     add("--sizes", nargs="+", metavar="SIZE", default=[],
-        help=f"aim: of {', '.join(SIZES)} (accelerator: xl; CPU: tiny)")  # fmt: skip
-    add("--batch", metavar="N", help="aim: images at a time (accelerator: 64; CPU: 2)")
+        help=f"aim: of {', '.join(SIZES)}; dit: b, l, xl, tiny (CPU: tiny)")  # fmt: skip
+    add("--batch", metavar="N",
+        help="aim: images at a time (64; CPU: 2); dit: of an update (256; CPU: 4)")  # fmt: skip
     add("--only", nargs="+", metavar="PART", default=[],
-        help=f"aim: of {', '.join(FORMS)}, {TRAINING}, generation (default: all)")  # fmt: skip
-    add("--repeats", metavar="N", help="aim: timed batches of images (default 3)")
+        help=f"aim: of {', '.join(FORMS)}, {TRAINING}, generation; dit: of training, sampling, "
+        "flexible (default: all)")  # fmt: skip
+    add("--repeats", metavar="N", help="aim, dit: timed batches of images (default 3)")
 
 
 # ---------------------------------------------------------------- counting
@@ -211,62 +215,20 @@ def generate(config: AiMConfig, form: Form, dtype: str, batch: int, repeats: int
         began = time.perf_counter()
         draw(1 + number)
         seconds.append(time.perf_counter() - began)
-    return {"seconds": seconds, "compile_s": first - min(seconds)} | _peak()
+    return {"seconds": seconds, "compile_s": first - min(seconds)} | peak_memory()
 
 
 def train(run: Run, steps: int, warmup: int = 3) -> dict[str, Any]:
-    """Seconds of the whole training step, update by update, as `bench_measure.time_steps`."""
-    import jax
-    import numpy as np
+    """`bench_steps.time_updates` of random codes."""
 
-    from . import flops
-    from .mesh import make_mesh, put_batch, state_shardings
-    from .metrics import forward_flops
-    from .step import init_state, jit_step, make_train_step
-    from .tasks import make_task
-
-    mesh, task, seconds = make_mesh(run.mesh, jax.devices()[:1]), make_task(run), []
-
-    def batch(number):
-        draw = np.random.default_rng(number)
+    def draw(random):
         shape = run.batch_size, run.net.num_tokens
-        arrays = {
-            "codes": draw.integers(0, run.net.vocab_size, shape, np.int32),
-            "labels": draw.integers(0, run.net.num_classes, shape[:1], np.int32),
-            "valid": np.ones(shape[:1], bool),
+        return {
+            "codes": random.integers(0, run.net.vocab_size, shape, np.int32),
+            "labels": random.integers(0, run.net.num_classes, shape[:1], np.int32),
         }
-        return put_batch(arrays, number, mesh, run.batch_size)
 
-    with jax.set_mesh(mesh):
-        make = lambda key: init_state(task, run, key)
-        shardings = state_shardings(jax.eval_shape(make, jax.random.key(0)), mesh)
-        state = jax.jit(make, out_shardings=shardings)(jax.random.key(0))
-        update = jit_step(make_train_step(task, run), shardings, run.precision.unroll)
-        began = time.perf_counter()
-        update = update.lower(state, batch(0)).compile()
-        compile_s = time.perf_counter() - began
-        last = None
-        for number in range(warmup + steps + 1):
-            state, metrics = update(state, jax.block_until_ready(batch(number)))
-            if (
-                last is not None
-            ):  # as the loop of `train`: an update is read when the next is queued
-                if not bool(last["ok"]):
-                    raise ValueError(f"the loss or a gradient of update {number} is not finite")
-                seconds.append(time.perf_counter() - began)
-            began, last = time.perf_counter(), metrics
-        model_flops = 3 * forward_flops(task, run)
-    used = flops.mfu(model_flops, statistics.median(seconds[warmup:]), jax.devices()[:1])
-    return {
-        "seconds": seconds[warmup:], "compile_s": compile_s, "model_flops": model_flops,
-        "mfu": used, "loss": float(metrics["loss"]),
-    } | _peak()  # fmt: skip
-
-
-def _peak() -> dict[str, int | None]:
-    import jax
-
-    return {"peak_bytes": (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")}
+    return time_updates(run, draw, steps, warmup)
 
 
 def work(job: dict[str, Any]) -> dict[str, Any]:

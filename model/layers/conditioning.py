@@ -12,15 +12,18 @@ scale of every branch, gate of every branch: rows.reshape(3, branches, ..) takes
 
 from __future__ import annotations
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jax import Array, lax
 
+from ...kernels_pallas.compat import vary
 from ...kernels_pallas.matmul import matmul
 from .mlp import uniform_fan_in
-from .norms import layer_normalise, rms_normalise
+from .norms import rms_normalise
 
 KINDS = ("adaln", "adaln_single", "adaln_group")
 
@@ -65,11 +68,57 @@ class ModulatedRMSNorm(nn.Module):
 def modulated_layer_norm(x: Array, shift: Array, scale: Array, epsilon: float, dtype) -> Array:
     """layer_norm(x) (1 + scale) + shift in `dtype`, without gain and bias of its own.
 
-    Computed in at least float32 and anew in the backward pass, as in `ModulatedRMSNorm`; shift and
-    scale [.., d] broadcast against x [.., d].
+    Computed in at least float32, the variance as mean(x^2) - mean(x)^2, so that x is read once for
+    both. The backward pass keeps x, and mean and deviation of every token; shift and scale [.., d]
+    broadcast against x [.., d].
     """
-    apply = lambda x, shift, scale: modulate(layer_normalise(x, epsilon), shift, scale)
-    return jax.checkpoint(lambda *a: apply(*a).astype(dtype), prevent_cse=False)(x, shift, scale)
+    operands = (x, shift, scale)
+    return _modulated_layer_norm(epsilon, jnp.dtype(dtype), *vary(operands, operands))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _modulated_layer_norm(epsilon, dtype, x, shift, scale):
+    return _modulated_layer_norm_fwd(epsilon, dtype, x, shift, scale)[0]
+
+
+def _modulated_layer_norm_fwd(epsilon, dtype, x, shift, scale):
+    wide = _widen(x)
+    mean = jnp.mean(wide, axis=-1, keepdims=True)
+    variance = jnp.mean(jnp.square(wide), axis=-1, keepdims=True) - jnp.square(mean)
+    inverse = lax.rsqrt(epsilon + jnp.maximum(variance, 0))
+    # Behind barriers x is widened anew in each pass, for else its wide copies go through memory.
+    x, mean, inverse = lax.optimization_barrier((x, mean, inverse))
+    y = modulate((_widen(x) - mean) * inverse, shift, scale).astype(dtype)
+    return y, (x, mean, inverse, shift, scale)
+
+
+def _modulated_layer_norm_bwd(epsilon, dtype, residuals, dy):
+    """With n = (x - mean) / deviation, g = dy (1 + scale): dx = (g - mean(g) - n mean(g n)) /
+    deviation."""
+    del epsilon, dtype
+    x, mean, inverse, shift, scale = residuals
+    x, mean, inverse, dy = lax.optimization_barrier((x, mean, inverse, dy))
+    normed, g = (_widen(x) - mean) * inverse, _widen(dy) * (1 + scale)
+    average = lambda a: jnp.mean(a, axis=-1, keepdims=True)
+    dx = (inverse * (g - average(g) - normed * average(g * normed))).astype(x.dtype)
+
+    x, mean, inverse, dy = lax.optimization_barrier((x, mean, inverse, dy))
+    normed, g = (_widen(x) - mean) * inverse, _widen(dy)
+    return dx, _sum_to(g, shift), _sum_to(g * normed, scale)
+
+
+_modulated_layer_norm.defvjp(_modulated_layer_norm_fwd, _modulated_layer_norm_bwd)
+
+
+def _widen(x):
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def _sum_to(x: Array, like: Array) -> Array:
+    """The cotangent of an array like `like` that was broadcast to x's shape."""
+    x = jnp.sum(x, axis=tuple(range(x.ndim - like.ndim)))
+    axes = tuple(i for i, n in enumerate(like.shape) if n == 1 and x.shape[i] != 1)
+    return jnp.sum(x, axis=axes, keepdims=True).astype(like.dtype)
 
 
 def timestep_features(t: Array, width: int = 256) -> Array:
@@ -115,14 +164,20 @@ class ModulationHead(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, c: Array) -> Array:
-        """[rows, B, d] in at least float32, from c [B, d]."""
+    def __call__(self, c: Array, flat: bool = False) -> Array:
+        """[rows, B, d] in at least float32, from c [B, d]; or, `flat`, [B, rows d].
+
+        To be cut by `jnp.split`, flat vectors are better for a GPU: the others are a transpose, and
+        XLA then keeps the whole residual stream that they meet with its channels slowest.
+        """
         batch, width = c.shape
         init = nn.initializers.zeros if self.zero else uniform_fan_in
         kernel = self.param("kernel", init, (width, self.rows * width))
         bias = self.param("bias", nn.initializers.zeros, (self.rows * width,))
         h = nn.silu(c).astype(self.dtype)
         vectors = matmul("bd,dk->bk", h, kernel.astype(self.dtype)) + bias
+        if flat:
+            return vectors
         return jnp.moveaxis(vectors.reshape(batch, self.rows, width), 1, 0)
 
 

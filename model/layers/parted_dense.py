@@ -9,25 +9,36 @@ from collections.abc import Callable
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax import Array
+import numpy as np
+from jax import Array, lax
 
 from ...kernels_pallas.compat import vary
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _dot_parts(x, kernel, ends):
-    """x kernel, its columns cut at `ends` into arrays of their own."""
-    return tuple(jnp.dot(x, part) for part in jnp.split(kernel, ends, axis=-1))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _dot_parts(x, kernel, bias, ends):
+    """x kernel + bias, columns cut at `ends` into arrays of their own; bias may be None."""
+    parts = tuple(jnp.dot(x, part) for part in jnp.split(kernel, ends, axis=-1))
+    if bias is None:
+        return parts
+    return tuple(y + b for y, b in zip(parts, jnp.split(bias, ends), strict=True))
 
 
 def _dot_parts_bwd(ends, operands, parts):
     del ends
+    *operands, bias = operands
     _, pull = jax.vjp(jnp.dot, *operands)
-    return pull(jnp.concatenate(parts, axis=-1))
+    dy = jnp.concatenate(parts, axis=-1)
+    # of the parts in one array, so that it takes no reading of its own
+    if bias is None:
+        return *pull(dy), None
+    zero, axes = np.zeros((), dy.dtype), tuple(range(dy.ndim - 1))
+    return *pull(dy), lax.reduce(dy, zero, lax.add, axes)
 
 
 _dot_parts.defvjp(
-    lambda x, kernel, ends: (_dot_parts(x, kernel, ends), (x, kernel)), _dot_parts_bwd
+    lambda x, kernel, bias, ends: (_dot_parts(x, kernel, bias, ends), (x, kernel, bias)),
+    _dot_parts_bwd,
 )
 
 
@@ -53,8 +64,9 @@ class PartedDense(nn.Module):
         kernel = self.param("kernel", self.kernel_init, (x.shape[-1], total))
         x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
         ends = () if whole else ends
-        parts = _dot_parts(*vary((x, kernel), (x, kernel)), ends)
+        bias = None
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros, (total,)).astype(self.dtype)
-            parts = tuple(y + b for y, b in zip(parts, jnp.split(bias, ends), strict=True))
+        operands = (x, kernel, bias)
+        parts = _dot_parts(*vary(operands, operands), ends)
         return parts[0] if whole else parts

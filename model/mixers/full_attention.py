@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from ..layers.parted_dense import PartedDense
 from ..partition import constrain
 
 FUSED_HEAD_DIM = 128  # cuDNN takes multiples of 8 up to this
@@ -68,32 +69,33 @@ class FullAttention(nn.Module):
             raise ValueError(f"num_heads={self.num_heads} does not divide width={self.features}")
         x = constrain(_valid(x, mask), "batch", "seq", None)
         if context is None:
-            q, k, v = self._split(self._dense(3, "qkv")(x))
+            q, k, v = self._heads(x, 3, "qkv")
             allowed = None if mask is None else (mask != 0)[:, None, None, :]
             if segment_ids is not None:
                 same = (segment_ids[:, :, None] == segment_ids[:, None, :])[:, None]
                 allowed = same if allowed is None else same & allowed
         else:
-            (q,) = self._split(self._dense(1, "q")(x))
-            k, v = self._split(self._dense(2, "kv")(_valid(context, context_mask)))
+            (q,) = self._heads(x, 1, "q")
+            k, v = self._heads(_valid(context, context_mask), 2, "kv")
             allowed = None if context_mask is None else (context_mask != 0)[:, None, None, :]
         y = jax.nn.dot_product_attention(
             q, k, v, mask=allowed, implementation="cudnn" if _fused(q, k) else "xla"
         )
         y = constrain(y, "batch", "seq", "heads", None).reshape(x.shape)
-        y = self._dense(1, "proj")(y.astype(self.dtype))
+        init = nn.initializers.xavier_uniform()
+        y = nn.Dense(self.features, kernel_init=init, dtype=self.dtype, name="proj")(
+            y.astype(self.dtype)
+        )
         return constrain(y, "batch", "seq", None), {}
 
-    def _dense(self, parts: int, name: str) -> nn.Dense:
-        init = nn.initializers.xavier_uniform()
-        return nn.Dense(parts * self.features, kernel_init=init, dtype=self.dtype, name=name)
-
-    def _split(self, x: Array) -> list[Array]:
-        """[B, T, n d] as n arrays [B, T, H, K]."""
+    def _heads(self, x: Array, parts: int, name: str) -> list[Array]:
+        """The projections of x [B, T, .] as n arrays [B, T, H, K], each in memory of its own."""
+        dense = PartedDense(
+            (self.features,) * parts, True, nn.initializers.xavier_uniform(), self.dtype, name=name
+        )
         head_dim = self.features // self.num_heads
-        x = x.reshape(*x.shape[:2], -1, self.num_heads, head_dim)
-        part = lambda i: constrain(x[:, :, i], "batch", "seq", "heads", None)
-        return [part(i) for i in range(x.shape[2])]
+        shape = (*x.shape[:2], self.num_heads, head_dim)
+        return [constrain(y.reshape(shape), "batch", "seq", "heads", None) for y in dense(x)]
 
 
 def _valid(x: Array, mask: Array | None) -> Array:

@@ -11,8 +11,10 @@ import dataclasses
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax import Array
+import numpy as np
+from jax import Array, lax
 
+from ...kernels_pallas.compat import vary
 from ...kernels_pallas.matmul import matmul
 from ..layers.conditioning import (
     ModulationHead,
@@ -150,20 +152,50 @@ class Mlp(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         """[B, T, d] in `dtype`."""
-        dense = lambda n, name: nn.Dense(
-            n, kernel_init=nn.initializers.xavier_uniform(), dtype=self.dtype, name=name
-        )
-        h = constrain(dense(self.hidden, "fc1")(x), "batch", "seq", "features")
-        return dense(x.shape[-1], "fc2")(_gelu(h))
+        init = nn.initializers.xavier_uniform()
+        product, bias = _Projection(self.hidden, init, self.dtype, name="fc1")(x)
+        product = constrain(product, "batch", "seq", "features")
+        fc2 = nn.Dense(x.shape[-1], kernel_init=init, dtype=self.dtype, name="fc2")
+        return fc2(_gelu(*vary((product, bias), (product, bias))))
 
 
-def _gelu(x):
-    def gelu(x):
-        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-        return nn.gelu(wide, approximate=True).astype(x.dtype)
+class _Projection(nn.Module):
+    """x W and b of an `nn.Dense`, whose sum is left to the caller."""
 
-    # Else the backward pass would keep what lies between, several times x.
-    return jax.checkpoint(gelu, prevent_cse=False)(x)
+    features: int
+    kernel_init: nn.initializers.Initializer
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x):
+        kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features))
+        bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        return jnp.dot(x.astype(self.dtype), kernel.astype(self.dtype)), bias
+
+
+@jax.custom_vjp
+def _gelu(x, bias):
+    """gelu(x + bias) in x's dtype, in between at least float32; of all that only x is kept for the
+    backward pass."""
+    return nn.gelu(_widen(x) + bias, approximate=True).astype(x.dtype)
+
+
+def _gelu_bwd(operands, dy):
+    # The barrier keeps XLA from finding the tanh of the forward pass again, kept in float32.
+    x, bias, dy = lax.optimization_barrier((*operands, dy))
+    _, pull = jax.vjp(lambda a: nn.gelu(a, approximate=True), _widen(x) + bias)
+    dx = pull(_widen(dy))[0].astype(x.dtype)
+    # The sum is a reduction in x's dtype, as that of a dense layer's bias: XLA fuses it, whereas
+    # for a wide one it would write the wide gradient.
+    axes = tuple(range(x.ndim - 1))
+    return dx, lax.reduce(dx, np.zeros((), dx.dtype), lax.add, axes).astype(bias.dtype)
+
+
+_gelu.defvjp(lambda x, bias: (_gelu(x, bias), (x, bias)), _gelu_bwd)
+
+
+def _widen(x):
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 class Block(nn.Module):
@@ -180,14 +212,15 @@ class Block(nn.Module):
         self.mlp = Mlp(c.d_intermediate, self.dtype)
 
     def conditioning(self, c: Array, _):
-        """c [B, D] as it is, and the block's vectors [6, B, D]. In scan form."""
-        return c, constrain(self.modulation(c), None, "batch", None)
+        """c [B, D] as it is, and the block's vectors [B, 6 D]. In scan form."""
+        return c, constrain(self.modulation(c, flat=True), "batch", None)
 
     def __call__(self, r: Array, vectors: Array):
-        """New residual stream [B, T, D] (and None), from vectors [6, B, D]. In scan form."""
+        """New residual stream [B, T, D] (and None), from vectors [B, 6 D]. In scan form."""
         # Each is said to follow the rows: left to itself XLA's partitioner takes rows of other
         # devices for some of them on meshes of data, fsdp and tensor (jax 0.10 to 0.12).
         by_row = lambda v: constrain(v[:, None], "batch", None, None)
+        vectors = jnp.split(vectors, 6, axis=-1)
         shift1, scale1, gate1, shift2, scale2, gate2 = (by_row(v) for v in vectors)
         mixer = self.attn if self.config.mixer == "attention" else self.mixer
 
@@ -209,7 +242,7 @@ class Final(nn.Module):
     @nn.compact
     def __call__(self, r: Array, c: Array) -> Array:
         """[B, T, features] from the residual stream [B, T, D] and the condition [B, D]."""
-        vectors = ModulationHead(2, name="modulation")(c)
+        vectors = jnp.split(ModulationHead(2, name="modulation")(c, flat=True), 2, axis=-1)
         shift, scale = (constrain(v[:, None], "batch", None, None) for v in vectors)
         wide = jnp.promote_types(r.dtype, jnp.float32)
         h = modulated_layer_norm(r, shift, scale, EPSILON, wide)
