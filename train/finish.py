@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 import shutil
 from collections.abc import Sequence
@@ -18,11 +19,12 @@ from .encoding import FOLDERS, encoded_dir
 from .errors import UserError
 from .evaluate import make_evaluator
 from .launch import program
+from .loaded_flexible import mode_costs
 from .loop import Result
 from .mesh import check_batch, make_mesh
 from .override import apply_overrides, diff
-from .schema import CodeData, Data, FlexibleSample, LatentData, Run, Sample
-from .stages import resolve
+from .schema import CodeData, Data, FlexibleSample, ImageData, LatentData, Run, Sample
+from .stages import resolve, stages_of
 from .state import TrainState
 from .tasks import make_task
 from .validate import validate
@@ -84,17 +86,44 @@ def finish(run: Run, result: Result, words: Sequence[str]) -> None:
         ]
     else:
         made_here = isinstance(run.data, CodeData | LatentData) and not run.data.path
-        mine = "data.images.path=FOLDER_OF_CLASS_FOLDERS" if made_here else "data.path=FOLDER"
-        mine = [*_with(_without_run(words), mine), "--run", "runs/mine"]
+        mine = _without_run(words)
+        for field in _image_paths(run, "data.images.path" if made_here else "data.path"):
+            kind = "FOLDER_OF_CLASS_FOLDERS" if made_here else "FOLDER"
+            mine = _with(mine, f"{field}={kind}")
+        mine += ["--run", "runs/mine"]
         again = "" if isinstance(run.net, VQTokenizerConfig) else " --seed 1"
         with_tokenizer = f" data.{maker}=DIR_OR_FILE" if blind else ""
         lines += [
             f"  sample           {lintime} sample --run {here}{again}{with_tokenizer}",
+            *_budget_line(run, f"{lintime} sample --run {here}"),
             f"  evaluate         {lintime} eval --run {here}",
             f"  your own images  {shlex.join(mine)}",
         ]
     lines.append(f"  resume           {command}   (after an interruption: the same command)")
     print("\nnext:\n" + "\n".join(lines))
+
+
+def _image_paths(run: Run, field: str) -> list[str]:
+    """Fields that name images: the run's own, and those of stages that name the same."""
+    own = getattr(run.data, "images", run.data).path
+    stages = [n for n in stages_of(run) if _names(run.stages[n], own)]
+    return [field, *(f"stages.{n}.data.path" for n in stages)]
+
+
+def _names(stage: Run, images: str) -> bool:
+    return isinstance(stage.data, ImageData) and stage.data.path == images != ""
+
+
+def _budget_line(run: Run, command: str) -> list[str]:
+    """How to draw with less compute, where the net can."""
+    if not isinstance(run.sample, FlexibleSample) or len(run.sample.budgets) > 1:
+        return []
+    costs = mode_costs(run.net)
+    least = min(costs.values()) / costs[run.net.powerful]
+    if least == 1:
+        return []
+    budget = 0.6 if least <= 0.6 else math.ceil(least * 100) / 100
+    return [f"  budgets          {command} --budget 1,{budget:g}"]
 
 
 def draw(loaded, sample, seed: int) -> list:
