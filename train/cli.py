@@ -144,15 +144,23 @@ def _parser() -> _Parser:
         "sample", _sample,
         "Draw from a trained run: text to the terminal, images to PNG files.",
         "Settings are the fields of `sample`. Text: prompt, length, rows, temperature, top_k,\n"
-        "top_p, stop. Images: classes, count, guidance, schedule, temperature, top_k, top_p,\n"
-        "rows, columns, files, npz.\n"
-        "Where a vocabulary or tokenizer has moved: data.vocab=FILE, data.tokenizer=DIR.\n"
+        "top_p, stop. Images: classes, count, guidance, rows, columns, files, npz, and of codes\n"
+        "schedule, temperature, top_k, top_p, of diffusion method, steps, guidance_channels,\n"
+        "guidance_interval, eta, clip, with several patch sizes budgets, weak, guide,\n"
+        "weak_guidance.\n"
+        "Where a vocabulary, tokenizer or autoencoder has moved: data.vocab=FILE,\n"
+        "data.tokenizer=DIR, data.autoencoder=DIR.\n"
         'Examples: lintime sample --run runs/mine --prompt "To be" sample.length=500\n'
-        "          lintime sample --run runs/aim sample.classes=207,360 sample.guidance=4",
+        "          lintime sample --run runs/aim sample.classes=207,360 sample.guidance=4\n"
+        "          lintime sample --run runs/flexidit --budget 1,0.6",
     )  # fmt: skip
     _run_arguments(sub)
     sub.add_argument("--seed", type=int, help="the same seed draws the same (default: 0)")
     sub.add_argument("--prompt", help="short for sample.prompt=...; - reads standard input")
+    sub.add_argument(
+        "--budget", metavar="B", help="short for sample.budgets=B: share of the full compute, of a "
+        "net of several patch sizes; 1,0.6 draws both beside each other",
+    )  # fmt: skip
     sub.add_argument("--step", type=int, help="checkpoint step (default: the newest)")
 
     sub = add(
@@ -237,7 +245,7 @@ def _sample(arguments: argparse.Namespace) -> None:
 
     prompt = sys.stdin.read() if arguments.prompt == "-" else arguments.prompt
     overrides = arguments.overrides + ([] if prompt is None else [f"sample.prompt={prompt}"])
-    sample_run(arguments.run, overrides, arguments.seed, arguments.step)
+    sample_run(arguments.run, overrides, arguments.seed, arguments.step, arguments.budget)
 
 
 def _bench(arguments: argparse.Namespace) -> None:

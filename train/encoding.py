@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
+from ..model.nets.dit import DiTConfig
 from .data.codes import CodesInfo
 from .data.latents import LatentsInfo
 from .errors import told_as
 from .schema import CodeData, ImageData, LatentData, Run
 from .stages import resolve
+from .task_diffusion import check_latents
 
 # `prepare` names its images data and its folder --out.
 _IMAGE_FIELDS = "|".join(field.name for field in dataclasses.fields(ImageData))
@@ -65,5 +67,11 @@ def _latents(run: Run, folder: Path) -> None:
     if data.path:
         check_autoencoder(LatentsInfo.finished(folder).autoencoder, autoencoder, f"{folder} holds")
     else:
+        # Encoding takes long: what would not fit is said first.
+        side = data.images.size // autoencoder.downsample
+        net = run.net if isinstance(run.net, DiTConfig) else run.net.base
+        if data.images.size % autoencoder.downsample == 0:  # else `prepare_latents` says it
+            shape = (side, side, autoencoder.latent_channels)
+            check_latents(run, net, shape, autoencoder.scaling_factor)
         with told_as(*_IN_A_RUN):
             prepare_latents(data.images, autoencoder, folder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 import shutil
 from collections.abc import Sequence
@@ -14,15 +15,16 @@ from ..model.nets.vq_tokenizer import VQTokenizerConfig
 from ..model.partition import parameter_shardings
 from .config_files import read_config
 from .data.open import open_split
-from .encoding import encoded_dir
+from .encoding import FOLDERS, encoded_dir
 from .errors import UserError
 from .evaluate import make_evaluator
 from .launch import program
+from .loaded_flexible import mode_costs
 from .loop import Result
 from .mesh import check_batch, make_mesh
 from .override import apply_overrides, diff
-from .schema import CodeData, Data, FlexibleSample, LatentData, Run, Sample
-from .stages import resolve
+from .schema import CodeData, Data, FlexibleSample, ImageData, LatentData, Run, Sample
+from .stages import resolve, stages_of
 from .state import TrainState
 from .tasks import make_task
 from .validate import validate
@@ -30,7 +32,7 @@ from .validate import validate
 # Groups of fields that each command reads; a run's other settings are those it was trained with.
 EVAL_FIELDS = ("data", "eval", "mesh", "precision", "batch_size", "sample")
 SAMPLE_FIELDS = ("sample", "precision", "data.vocab", "data.tokenizer", "data.autoencoder")
-_ENCODING = ("data.images.", "data.views", "data.resizes")  # read when codes are made
+_ENCODING = ("data.images.", "data.views", "data.resizes")  # read when images are encoded
 
 
 def finish(run: Run, result: Result, words: Sequence[str]) -> None:
@@ -84,17 +86,44 @@ def finish(run: Run, result: Result, words: Sequence[str]) -> None:
         ]
     else:
         made_here = isinstance(run.data, CodeData | LatentData) and not run.data.path
-        mine = "data.images.path=FOLDER_OF_CLASS_FOLDERS" if made_here else "data.path=FOLDER"
-        mine = [*_with(_without_run(words), mine), "--run", "runs/mine"]
+        mine = _without_run(words)
+        for field in _image_paths(run, "data.images.path" if made_here else "data.path"):
+            kind = "FOLDER_OF_CLASS_FOLDERS" if made_here else "FOLDER"
+            mine = _with(mine, f"{field}={kind}")
+        mine += ["--run", "runs/mine"]
         again = "" if isinstance(run.net, VQTokenizerConfig) else " --seed 1"
         with_tokenizer = f" data.{maker}=DIR_OR_FILE" if blind else ""
         lines += [
             f"  sample           {lintime} sample --run {here}{again}{with_tokenizer}",
+            *_budget_line(run, f"{lintime} sample --run {here}"),
             f"  evaluate         {lintime} eval --run {here}",
             f"  your own images  {shlex.join(mine)}",
         ]
     lines.append(f"  resume           {command}   (after an interruption: the same command)")
     print("\nnext:\n" + "\n".join(lines))
+
+
+def _image_paths(run: Run, field: str) -> list[str]:
+    """Fields that name images: the run's own, and those of stages that name the same."""
+    own = getattr(run.data, "images", run.data).path
+    stages = [n for n in stages_of(run) if _names(run.stages[n], own)]
+    return [field, *(f"stages.{n}.data.path" for n in stages)]
+
+
+def _names(stage: Run, images: str) -> bool:
+    return isinstance(stage.data, ImageData) and stage.data.path == images != ""
+
+
+def _budget_line(run: Run, command: str) -> list[str]:
+    """How to draw with less compute, where the net can."""
+    if not isinstance(run.sample, FlexibleSample) or len(run.sample.budgets) > 1:
+        return []
+    costs = mode_costs(run.net)
+    least = min(costs.values()) / costs[run.net.powerful]
+    if least == 1:
+        return []
+    budget = 0.6 if least <= 0.6 else math.ceil(least * 100) / 100
+    return [f"  budgets          {command} --budget 1,{budget:g}"]
 
 
 def draw(loaded, sample, seed: int) -> list:
@@ -140,12 +169,12 @@ def evaluate_run(run_dir: str, overrides: list[str], split: str, step: int | Non
         if file and not Path(file).is_file():  # said before the validation, which may take long
             raise UserError(f"eval.{field}={file} is not there; check the path")
     loaded = _load(path, run, step)
-    codes = encoded_dir(run, path)
-    if codes and not run.data.path and not codes.exists() and run.eval.samples:
-        print(f"{path}: no loss, for there are no codes (data.path=DIR)")
+    encoded = encoded_dir(run, path)
+    if encoded and not run.data.path and not encoded.exists() and run.eval.samples:
+        print(f"{path}: no loss, for there are no {FOLDERS[type(run.data)]} (data.path=DIR)")
         result = {}
     else:
-        result = _losses(run, loaded, split, path, codes)
+        result = _losses(run, loaded, split, path, encoded)
     from .evaluate.runs import image_figures
 
     figures = image_figures(loaded, run, split)
@@ -157,16 +186,19 @@ def evaluate_run(run_dir: str, overrides: list[str], split: str, step: int | Non
     return result | figures
 
 
-def _losses(run: Run, loaded, split: str, path: Path, codes: Path | None) -> dict[str, float]:
+def _losses(run: Run, loaded, split: str, path: Path, encoded: Path | None) -> dict[str, float]:
     """What validation during training computes, on a split, printed and returned."""
-    data = open_split(run, split, path, codes)
+    data = open_split(run, split, path, encoded)
     task = make_task(run)
     task.check_data(data)
-    if codes and loaded.data_fingerprint.get("tokenizer", data.tokenizer) != data.tokenizer:
-        raise UserError(
-            f"{codes} holds codes of another tokenizer than {path} was trained on; make them with "
-            "that one"
-        )
+    if encoded:
+        maker = data.info.MAKER
+        theirs = getattr(data.info, maker)
+        if loaded.data_fingerprint.get(maker, theirs) != theirs:
+            raise UserError(
+                f"{encoded} holds {data.info.KIND} of another {maker} than {path} was trained on; "
+                "make them with that one"
+            )
     mesh = make_mesh(run.mesh)
     check_batch(run, mesh)
     evaluate = make_evaluator(task, data, mesh, run.batch_size, run.eval.batches)
@@ -177,7 +209,7 @@ def _losses(run: Run, loaded, split: str, path: Path, codes: Path | None) -> dic
     if isinstance(run.net, VQTokenizerConfig):
         del result["psnr"]  # that of 8-bit images follows
     width = min(shutil.get_terminal_size().columns, 100)
-    print(f"{path} on {split} of {codes or run.data.path}"[:width])
+    print(f"{path} on {split} of {encoded or run.data.path}"[:width])
     for name, value in result.items():
         print(f"  {name:16} {value:.6g}")
     for value in task.yardstick(data, run.eval.batches).values():
@@ -185,7 +217,13 @@ def _losses(run: Run, loaded, split: str, path: Path, codes: Path | None) -> dic
     return result
 
 
-def sample_run(run_dir: str, overrides: list[str], seed: int | None, step: int | None) -> list:
+def sample_run(
+    run_dir: str,
+    overrides: list[str],
+    seed: int | None,
+    step: int | None,
+    budget: str | None = None,
+) -> list:
     """`lintime sample`: text continued on standard output, or images written to samples/.
 
     Args:
@@ -193,7 +231,15 @@ def sample_run(run_dir: str, overrides: list[str], seed: int | None, step: int |
             images to show reconstructions.
         seed: of the draws; None is 0.
         step: checkpoint; None = the newest.
+        budget: short for sample.budgets.
     """
+    if budget is not None:
+        if not isinstance(read_config(Path(run_dir) / "config.json").sample, FlexibleSample):
+            raise UserError(
+                f"--budget {budget}: {run_dir} has no choice of compute, only nets of several "
+                "patch sizes have; `lintime flexify` makes one out of a DiT"
+            )
+        overrides = [*overrides, f"sample.budgets={budget}"]
     run = _changed(Path(run_dir), overrides, "sample", SAMPLE_FIELDS)
     if seed is not None and isinstance(run.net, VQTokenizerConfig):
         raise UserError(
@@ -210,10 +256,11 @@ def _changed(run_dir: Path, overrides: list[str], command: str, allowed: tuple[s
         allowed = (*allowed, "data")
     run = apply_overrides(saved, overrides)
     for path, _, _ in diff(saved, run):
-        if isinstance(saved.data, CodeData) and path.startswith(_ENCODING):
+        if type(saved.data) in FOLDERS and path.startswith(_ENCODING):
+            kind = FOLDERS[type(saved.data)]
             raise UserError(
-                f"{path} says how codes are made, {command} makes none; make some with "
-                "`lintime prepare codes` and name them with data.path"
+                f"{path} says how {kind} are made, {command} makes none; make some with "
+                f"`lintime prepare {kind}` and name them with data.path"
             )
         if not any(path == a or path.startswith(f"{a}.") for a in allowed):
             raise UserError(
@@ -237,5 +284,6 @@ def _load(run_dir: str | Path, run: Run, step: int | None):
     if isinstance(run.data, LatentData):
         return load(run_dir, autoencoder=run.data.autoencoder, **options)
     loaded = load(run_dir, **options)
-    loaded.config = run  # the images may be others
+    if isinstance(run.net, VQTokenizerConfig):
+        loaded.config = run  # the images may be others
     return loaded

@@ -56,6 +56,10 @@ class LoadedCodes(LoadedImages):
         return side, side
 
     @property
+    def decoder_print(self) -> str:
+        return self.tokenizer.fingerprint
+
+    @property
     def num_classes(self) -> int:
         return self.config.net.num_classes
 

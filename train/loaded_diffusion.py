@@ -47,6 +47,10 @@ class LoadedDiffusion(LoadedImages):
         return given
 
     @property
+    def decoder_print(self) -> str:
+        return self.autoencoder.fingerprint if isinstance(self.config.data, LatentData) else ""
+
+    @property
     def num_classes(self) -> int:
         return self.config.net.num_classes
 

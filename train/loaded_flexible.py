@@ -67,7 +67,9 @@ def flexible_segments(
         ValueError: a budget that cannot be met, or no such patch size.
     """
     weak = s.weak or config.weak
-    fixed = dict(powerful=config.powerful, weak=weak, guidance=s.guide)
+    # Without guidance no step of the base's patch size has a guide that would make it cheaper.
+    guide = "cfg" if s.guidance == 1.0 else s.guide
+    fixed = dict(powerful=config.powerful, weak=weak, guidance=guide)
     segments = plan(s.steps, mode_costs(config), budget=budget, **fixed)
     if not s.weak_guidance:
         return segments

@@ -28,6 +28,11 @@ class LoadedImages(LoadedRun, abc.ABC):
     def num_classes(self) -> int:
         """Classes are 0 .. num_classes - 1."""
 
+    @property
+    def decoder_print(self) -> str:
+        """Fingerprint of what turns codes or latents into pixels; "" where pixels are drawn."""
+        return ""
+
     @abc.abstractmethod
     def drawer(self, settings: Any) -> Callable[[Array, Array], Any]:
         """draw(keys [B], labels [B]) -> images [B, H, W, 3] in [-1, 1], with settings like

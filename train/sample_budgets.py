@@ -14,7 +14,7 @@ import numpy as np
 from .files import write_atomic
 from .loaded_flexible import LoadedFlexible, flexible_flops, flexible_segments
 from .pictures import image_grid
-from .sample_images import classes_of
+from .sample_images import classes_of, picture_stem
 from .schema import FlexibleSample
 
 GRID = 100  # most images of a budget that are shown
@@ -53,7 +53,8 @@ def sample_budgets(
             f"({flops / full:.0%}), {seconds:.3g} s for {len(first)} images\n"
         )
         out.flush()
-    path = Path(loaded.path or ".") / "samples" / f"step{loaded.step:08d}-seed{seed}-budgets.png"
+    folder, stem = picture_stem(loaded, sample, seed, end="budgets")
+    path = folder / f"{stem}.png"
     write_atomic(path, _picture(results, sample.columns))
     out.write(f"{len(classes)} images at {len(results)} budgets: {path}\n")
     return [path]

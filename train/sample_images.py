@@ -57,6 +57,20 @@ def _changed(sample: ImageSample, usual: ImageSample) -> list[str]:
     return [*(part for part in parts if part.startswith("guidance")), digest]
 
 
+def picture_stem(
+    loaded: LoadedImages, sample: ImageSample, seed: int, *, end: str = ""
+) -> tuple[Path, str]:
+    """Folder and name, without its suffix, of pictures drawn with `sample`; `end` closes it."""
+    folder = Path(loaded.path or ".") / "samples"
+    parts = [f"step{loaded.step:08d}-seed{seed}", *_changed(sample, loaded.config.sample)]
+    settings = {
+        "step": loaded.step, "seed": seed, "sample": _drawn(sample),
+        "precision": dataclasses.asdict(loaded.config.precision),
+        "decoder": loaded.decoder_print,
+    }  # fmt: skip
+    return folder, _stem(folder, "-".join([*parts, *filter(None, [end])]), settings)
+
+
 def _stem(folder: Path, stem: str, settings: dict[str, Any]) -> str:
     """`stem`, numbered where files of that name were drawn with other settings.
 
@@ -87,16 +101,7 @@ def sample_classes(
     out = sys.stdout if out is None else out
     classes = classes_of(sample, loaded.num_classes)
     settings = loaded.settings(sample)
-    folder = Path(loaded.path or ".") / "samples"
-    stem = _stem(
-        folder,
-        "-".join([f"step{loaded.step:08d}-seed{seed}", *_changed(sample, loaded.config.sample)]),
-        {
-            "step": loaded.step, "seed": seed, "sample": _drawn(sample),
-            "precision": dataclasses.asdict(loaded.config.precision),
-            "tokenizer": loaded.tokenizer.fingerprint,
-        },
-    )  # fmt: skip
+    folder, stem = picture_stem(loaded, sample, seed)
     names = [f"{stem}-{i:05d}-class{c}" for i, c in enumerate(classes)]
     kept: list[np.ndarray] = []
 

@@ -11,7 +11,7 @@ from ..model.nets.dit import DiT, DiTConfig
 from ..model.processes import flow, gaussian
 from ..model.processes.flow import FlowMatching
 from .errors import UserError
-from .schema import LatentData
+from .schema import LatentData, Run
 from .task import Task
 
 
@@ -105,23 +105,35 @@ class DiffusionTask(Task):
         return self._process.training_loss(self.run.process, denoise, x, t, noise)
 
     def check_data(self, data):
-        net = self.dit
+        net, at = self.dit, field_of_dit(self.run)
         if data.num_classes > net.num_classes:
             raise UserError(
-                f"net.num_classes={net.num_classes}, but the data have {data.num_classes} classes; "
-                f"set net.num_classes={data.num_classes}"
+                f"{at}.num_classes={net.num_classes}, but the data have {data.num_classes} "
+                f"classes; set {at}.num_classes={data.num_classes}"
             )
-        if not isinstance(self.run.data, LatentData):
-            return
-        size = (net.input_size, net.input_size, net.in_channels)
-        if data.shape != size:
-            raise UserError(
-                f"the net takes latents of shape {size}, these have {data.shape}; set "
-                f"net.input_size={data.shape[0]} net.in_channels={data.shape[2]}, or encode images "
-                "of another size"
-            )
-        if abs(data.scaling_factor / self.run.data.scaling_factor - 1) > 1e-6:
-            raise UserError(
-                f"data.scaling_factor={self.run.data.scaling_factor}, but that of the autoencoder "
-                f"of these latents is {data.scaling_factor}; set it to that"
-            )
+        if isinstance(self.run.data, LatentData):
+            check_latents(self.run, net, data.shape, data.scaling_factor)
+
+
+def field_of_dit(run: Run) -> str:
+    """Where the sizes of images and classes are in a config."""
+    return "net" if isinstance(run.net, DiTConfig) else "net.base"
+
+
+def check_latents(
+    run: Run, net: DiTConfig, shape: tuple[int, int, int], scaling_factor: float
+) -> None:
+    """Raises UserError unless latents of a shape (h, w, C) and the scaling factor of what made
+    them are those that `net`, the DiT of the run, is to be trained on."""
+    size, at = (net.input_size, net.input_size, net.in_channels), field_of_dit(run)
+    if tuple(shape) != size:
+        raise UserError(
+            f"the net takes latents of shape {size}, these have {tuple(shape)}; set "
+            f"{at}.input_size={shape[0]} {at}.in_channels={shape[2]}, or encode images of another "
+            "size"
+        )
+    if abs(scaling_factor / run.data.scaling_factor - 1) > 1e-6:
+        raise UserError(
+            f"data.scaling_factor={run.data.scaling_factor}, but that of the autoencoder of these "
+            f"latents is {scaling_factor}; set data.scaling_factor={scaling_factor}"
+        )

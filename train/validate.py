@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -18,7 +19,9 @@ from ..model.processes.autoregressive import Autoregressive
 from ..model.processes.flexible import FlexibleDiffusion, FlexibleFlow
 from ..model.processes.flow import FlowMatching
 from ..model.processes.gaussian import GaussianDiffusion
+from ..model.sampling.diffusion import Segment
 from .config_files import KINDS, unknown_kind
+from .encoding import FOLDERS
 from .errors import UserError
 from .loaded_diffusion import make_sampler, solver_options
 from .loaded_flexible import flexible_segments
@@ -89,7 +92,7 @@ _RANGES = (
         "net.num_classes net.num_tokens net.num_groups net.ch net.num_res_blocks net.z_channels "
         "net.codebook_size net.codebook_dim net.input_size net.patch_size net.in_channels "
         "net.n_head sample.steps process.timesteps data.size data.images.size "
-        "process.disc_features process.disc_layers",
+        "process.disc_features process.disc_layers net.rank",
     ),
     (
         ">= 0",
@@ -102,7 +105,8 @@ _RANGES = (
         "process.perceptual_weight process.disc_weight process.disc_start process.codebook_weight "
         "process.commitment_weight process.entropy_weight sample.count sample.columns "
         "eval.samples sample.eta sample.guidance_channels net.base_patch data.resize_max "
-        "data.images.workers",
+        "data.images.workers sample.weak sample.weak_guidance process.denoise process.distill "
+        "process.distill_variance net.underlying",
     ),
     (
         "in [0, 1)",
@@ -113,7 +117,8 @@ _RANGES = (
         "data.images.validation_fraction",
     ),
     ("in (0, 1]", lambda v: 0 < v <= 1, "sample.top_p"),
-    ("in [0, 1]", lambda v: 0 <= v <= 1, "optim.final"),
+    ("in [0, 1]", lambda v: 0 <= v <= 1, "optim.final process.powerful_share"),
+    ("> 0", lambda v: v > 0, "data.scaling_factor"),
     (">= 1", lambda v: v >= 1, "data.resize data.images.resize"),
     ("> 1", lambda v: v > 1, "net.pe_lam"),
     (
@@ -135,14 +140,15 @@ def validate(run: Run) -> None:
         if not matches(value, annotation):
             raise UserError(f"{path}: expected {type_name(annotation)}, got {value!r}")
         values[path] = value
-    for path, choices in _CHOICES.items():
-        value = values.get(path, choices[0])
-        if value not in choices:
-            raise UserError(
-                f"{path}={value}: choose one of {', '.join(choices)}{nearest(value, choices)}"
-            )
+    for named, choices in _CHOICES.items():
+        for path in _places(named):
+            value = values.get(path, choices[0])
+            if value not in choices:
+                raise UserError(
+                    f"{path}={value}: choose one of {', '.join(choices)}{nearest(value, choices)}"
+                )
     for allowed, test, paths in _RANGES:
-        for path in paths.split():
+        for path in itertools.chain.from_iterable(map(_places, paths.split())):
             if path in values and not test(values[path]):
                 raise UserError(f"{path}={values[path]} is out of range; it must be {allowed}")
     for part, kinds in KINDS.items():
@@ -154,6 +160,11 @@ def validate(run: Run) -> None:
             validate(stage)
         except UserError as error:
             raise UserError(f"stages.{number}: {error}") from None
+
+
+def _places(path: str) -> tuple[str, ...]:
+    """Where a field can be: a net may hold that of which it is made."""
+    return path, path.replace("net.", "net.base.", 1)
 
 
 def _check_relations(run: Run) -> None:
@@ -198,6 +209,11 @@ def _check_relations(run: Run) -> None:
             )
     if isinstance(run.data, CodeData):
         _check_codes(run)
+    if isinstance(run.data, LatentData) and not run.data.path and not run.data.autoencoder:
+        raise UserError(
+            "neither data.path (a folder of `lintime prepare latents`) nor data.autoencoder is "
+            "set; nothing says what to train on"
+        )
     _check_used(run)
 
 
@@ -211,12 +227,12 @@ def _check_diffusion(run: Run) -> None:
             f"{at}.d_model={net.d_model} is not divisible by 4 (sines and cosines of rows and "
             f"columns); set {at}.d_model={4 * max(1, round(net.d_model / 4))}"
         )
+    _check_guidance(run, net, at)
     try:
         dit.make_mixer(net, parent=None)
         if flexible:
             check_config(run.net)
-            for budget in run.sample.budgets:
-                flexible_segments(run.net, run.sample, budget)
+        _check_null_class(run, net, at)
         make_sampler(dit.DiT(net), process=run.process, **solver_options(run.sample))
     except ValueError as error:
         raise UserError(str(error)) from error
@@ -231,6 +247,47 @@ def _check_diffusion(run: Run) -> None:
             f"images have data.size={run.data.size} pixels and 3 channels, the net takes "
             f"{net.input_size} and {net.in_channels}; set {at}.input_size={run.data.size} "
             f"{at}.in_channels=3"
+        )
+
+
+def _check_guidance(run: Run, net: DiTConfig, at: str) -> None:
+    sample = run.sample
+    if len(sample.guidance_interval) != 2:
+        raise UserError(
+            f"sample.guidance_interval={sample.guidance_interval}: give (low, high), such as 0,1"
+        )
+    if sample.guidance_channels > net.in_channels:
+        raise UserError(
+            f"sample.guidance_channels={sample.guidance_channels}, but images have "
+            f"{net.in_channels} channels; 0 guides all"
+        )
+    if not isinstance(sample, FlexibleSample):
+        return
+    if not sample.budgets:
+        raise UserError("sample.budgets is empty; give a share of the full compute, such as 1")
+    for name in ("files", "npz"):
+        if len(sample.budgets) > 1 and getattr(sample, name):
+            raise UserError(
+                f"sample.{name}=true would be ignored: several budgets are drawn as one picture; "
+                "give one of sample.budgets"
+            )
+
+
+def _check_null_class(run: Run, net: DiTConfig, at: str) -> None:
+    """Whether guidance by predictions without a class can be had.
+
+    Raises:
+        UserError: it cannot. ValueError: a budget that cannot be met.
+    """
+    sample, parts = run.sample, [Segment(steps=run.sample.steps)]
+    if isinstance(sample, FlexibleSample):
+        parts = [p for b in sample.budgets for p in flexible_segments(run.net, sample, b)]
+    scales = [sample.guidance if p.scale is None else p.scale for p in parts if p.guide == "null"]
+    if not net.class_dropout and any(scale != 1.0 for scale in scales):
+        raise UserError(
+            f"sample.guidance={sample.guidance:g} needs a net that has learned to draw without a "
+            f"class, this one has {at}.class_dropout=0; leave guidance out, or train with "
+            f"{at}.class_dropout=0.1"
         )
 
 
@@ -314,9 +371,9 @@ def _divides(whole_name: str, whole: int, part_name: str, part: int) -> None:
 
 
 def check_overrides(run: Run, overrides: Sequence[str]) -> None:
-    """Refuses overrides of `train` that say how codes are made where none will be.
+    """Refuses overrides of `train` that say how codes or latents are made where none will be.
 
-    A config may say it, so that naming a folder of codes is enough to use that instead.
+    A config may say it, so that naming a folder of them is enough to use that instead.
 
     Args:
         run: with the overrides applied. overrides: "field=value".
@@ -324,8 +381,9 @@ def check_overrides(run: Run, overrides: Sequence[str]) -> None:
     Raises:
         UserError: the first of them.
     """
-    if not isinstance(run.data, CodeData) or not run.data.path:
+    if not isinstance(run.data, CodeData | LatentData) or not run.data.path:
         return
+    kind = FOLDERS[type(run.data)]
     from .stages import stages_of
 
     # a stage that trains the tokenizer takes its images from here
@@ -338,6 +396,6 @@ def check_overrides(run: Run, overrides: Sequence[str]) -> None:
         field = override.partition("=")[0].strip()
         if field.startswith(("data.images.", "data.views", "data.resizes")) and field != read:
             raise UserError(
-                f"{field} says how codes are made, but data.path={run.data.path} holds codes "
+                f"{field} says how {kind} are made, but data.path={run.data.path} holds {kind} "
                 "already; leave one of the two out"
             )
