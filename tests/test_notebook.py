@@ -23,7 +23,7 @@ def code_cells(notebook):
 
 
 def test_there_are_notebooks():
-    assert [p.name for p in NOTEBOOKS] == ["aim.ipynb", "transformer_vq.ipynb"]
+    assert [p.name for p in NOTEBOOKS] == ["aim.ipynb", "flexidit.ipynb", "transformer_vq.ipynb"]
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
@@ -91,3 +91,22 @@ def test_aim(tmp_path):
     assert float(printed.split(" nats per token")[0].split()[-1]) < 3.5  # untrained: ln 128 = 4.85
     assert "WARNING" not in printed
     assert sum("image/png" in out.get("data", {}) for out in outputs) == 6
+
+
+@pytest.mark.notebook
+@pytest.mark.slow
+def test_flexidit(tmp_path):
+    """Trains a DiT on digits, teaches it larger patches, draws at three budgets."""
+    outputs, printed = execute("flexidit", tmp_path, "steps=40 batch_size=16 net.n_layer=2")
+    assert (tmp_path / "run" / "flexidit" / "config.json").exists()
+    within = re.findall(r"(shared|lora): mode 2 is within (\S+) of the DiT", printed)
+    assert [name for name, _ in within] == ["shared", "lora"]
+    assert float(within[0][1]) < 1e-4 and float(within[1][1]) == 0
+    gaps = [float(g) for g in re.findall(r"mean squared gap (\S+)", printed)]
+    assert gaps[1] < gaps[0]
+    costs = [float(f) for f in re.findall(r"([\d.]+) GFLOPs an image, [\d.]+ s", printed)]
+    assert [round(c / costs[0], 1) for c in costs] == [1.0, 0.6, 0.4]
+    assert len(re.findall(r"(?m)^(?:cfg|weak_uncond|weak_cond) .* GFLOPs", printed)) == 3
+    assert "largest gradient of the DiT: 0.0" in printed
+    assert "WARNING" not in printed and str(tmp_path) not in printed
+    assert sum("image/png" in out.get("data", {}) for out in outputs) == 7

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import logging
 import shutil
 from collections.abc import Collection, Iterator
 from pathlib import Path
@@ -43,7 +44,8 @@ class Checkpoints:
             )
         options = _read_only() if config is None else _keep(config)
         hosts = options.setdefault("multiprocessing_options", ocp.options.MultiprocessingOptions())
-        with _one_line(self.folder):
+        quiet = _errors_only("absl") if config is None else contextlib.nullcontext()
+        with _one_line(self.folder), quiet:  # Orbax warns that what is opened to read is read-only
             self._manager = ocp.CheckpointManager(
                 self.folder,
                 options=ocp.CheckpointManagerOptions(**options),
@@ -219,6 +221,17 @@ def restore_inference(
     restored = checkpoints.restore_parts(wanted, step)
     checkpoints.close()
     return {"params": restored[part], "stats": restored.get("stats", {})}
+
+
+@contextlib.contextmanager
+def _errors_only(name: str) -> Iterator[None]:
+    logger = logging.getLogger(name)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _read_only() -> dict[str, Any]:

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import logging
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -83,8 +80,7 @@ def load(
         )
     config = read_config(path / "config.json")
     config = dataclasses.replace(config, precision=precision or config.precision)
-    with _errors_only("absl"):  # orbax warns that a checkpoint opened for reading is read-only
-        restored, step, fingerprint = _restore(config, path, step, ema)
+    restored, step, fingerprint = _restore(config, path, step, ema)
     return LOADED[type(config.net)](
         config, restored["params"], restored["stats"], step=step, path=path,
         data_fingerprint=fingerprint, **options,
@@ -111,14 +107,3 @@ def _restore(config: Run, path: Path, step: int | None, ema: bool) -> tuple[dict
         lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=device), task.abstract()
     )
     return restore_inference(path, abstract, ema=ema, step=step), step, fingerprint
-
-
-@contextlib.contextmanager
-def _errors_only(name: str) -> Iterator[None]:
-    logger = logging.getLogger(name)
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
