@@ -168,6 +168,7 @@ def test_classes_are_dropped_in_training(images):
     assert one == other and seen != seen_other
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mixer", ["mamba2"])
 def test_other_mixers_of_tokens(mixer, images, tmp_path):
     run = dit_run(images, f"net.mixer={mixer}", "steps=2", flow=True)
@@ -199,7 +200,7 @@ def test_sample_writes_what_is_asked_for_again_the_same(cli, copy):
     stem = "step00000004-seed7-guidance2-classes3,1-count5"
     drawn = pngs(copy)
     assert f"5 images: {copy}/samples/{stem}.png" in out
-    singles = sorted(pngs(copy, "*-class*.png"))
+    singles = sorted(pngs(copy, "*-class?.png"))
     assert singles == [f"{stem}-{i:05d}-class{c}.png" for i, c in enumerate([3, 1, 3, 1, 3])]
     with np.load(copy / f"samples/{stem}.npz") as file:
         assert file["arr_0"].shape == (5, SIZE, SIZE, 3) and file["arr_1"].tolist() == [
@@ -353,14 +354,14 @@ def test_latents_of_another_autoencoder(cli, latents, images, tmp_path):
     assert "latents" in line and "trained on" in line
 
 
-def test_latents_alone_are_trained_on_but_not_drawn(cli, latents, images, tmp_path, capsys):
+def test_latents_alone_are_trained_on_but_not_drawn(cli, latents, images, tmp_path, capfd):
     run, folder, _ = latents
     alone = latent_run(images, "", f"data.path={folder / 'latents'}")
     validate(alone)
     result = loop.train(alone, tmp_path / "run", **ONE)
     assert read_lines(tmp_path / "run") == read_lines(folder)
     finish(alone, result, ["lintime", "train", "x.py"])
-    out = capsys.readouterr().out
+    out = capfd.readouterr().out
     assert "no sample: data.autoencoder names nothing" in out
     assert "--seed 1 data.autoencoder=DIR_OR_FILE" in out
     assert "name their autoencoder with data.autoencoder" in cli.refused(

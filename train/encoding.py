@@ -73,5 +73,5 @@ def _latents(run: Run, folder: Path) -> None:
         if data.images.size % autoencoder.downsample == 0:  # else `prepare_latents` says it
             shape = (side, side, autoencoder.latent_channels)
             check_latents(run, net, shape, autoencoder.scaling_factor)
-        with told_as(*_IN_A_RUN):
+        with told_as(*_IN_A_RUN, (r"(?<![\w.])size=", "data.images.size=")):
             prepare_latents(data.images, autoencoder, folder)
