@@ -97,7 +97,9 @@ def test_aim(tmp_path):
 @pytest.mark.slow
 def test_flexidit(tmp_path):
     """Trains a DiT on digits, teaches it larger patches, draws at three budgets."""
-    outputs, printed = execute("flexidit", tmp_path, "steps=40 batch_size=16 net.n_layer=2")
+    outputs, printed = execute(
+        "flexidit", tmp_path, "steps=40 batch_size=16 net.d_model=32 net.n_layer=2"
+    )
     assert (tmp_path / "run" / "flexidit" / "config.json").exists()
     within = re.findall(r"(shared|lora): mode 2 is within (\S+) of the DiT", printed)
     assert [name for name, _ in within] == ["shared", "lora"]
