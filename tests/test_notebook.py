@@ -97,9 +97,8 @@ def test_aim(tmp_path):
 @pytest.mark.slow
 def test_flexidit(tmp_path):
     """Trains a DiT on digits, teaches it larger patches, draws at three budgets."""
-    outputs, printed = execute(
-        "flexidit", tmp_path, "steps=40 batch_size=16 net.d_model=32 net.n_layer=2"
-    )
+    smaller = "steps=30 batch_size=16 net.d_model=32 net.n_layer=2 optim.warmup=5 ema.decay=0.8"
+    outputs, printed = execute("flexidit", tmp_path, smaller)
     assert (tmp_path / "run" / "flexidit" / "config.json").exists()
     within = re.findall(r"(shared|lora): mode 2 is within (\S+) of the DiT", printed)
     assert [name for name, _ in within] == ["shared", "lora"]
@@ -108,7 +107,7 @@ def test_flexidit(tmp_path):
     assert gaps[1] < gaps[0]
     costs = [float(f) for f in re.findall(r"([\d.]+) GFLOPs an image, [\d.]+ s", printed)]
     assert [round(c / costs[0], 1) for c in costs] == [1.0, 0.6, 0.4]
-    assert len(re.findall(r"(?m)^(?:cfg|weak_uncond|weak_cond) .* GFLOPs", printed)) == 3
-    assert "largest gradient of the DiT: 0.0" in printed
-    assert "WARNING" not in printed and str(tmp_path) not in printed
-    assert sum("image/png" in out.get("data", {}) for out in outputs) == 7
+    assert len(re.findall(r"(?m)^weak_(?:un)?cond .* GFLOPs an image$", printed)) == 2
+    assert "the DiT is as it was: True" in printed
+    assert "WARNING" not in printed
+    assert sum("image/png" in out.get("data", {}) for out in outputs) == 6
