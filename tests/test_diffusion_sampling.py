@@ -140,7 +140,7 @@ def test_guided_channels():
     """One DDIM step of a net whose channels do not mix: only the first ones are guided."""
     run = lambda **options: sample(GAUSSIAN, "ddim", Segment(steps=3), **options)
     none = run()
-    three, all_of_them = run(guidance=3.0), run(guidance=3.0, guidance_channels=0)
+    three, all_of_them = run(guidance=3.0, guidance_channels=3), run(guidance=3.0)
     assert float(jnp.abs(three - none)[..., :3].max()) > 1e-3
     np.testing.assert_allclose(three[..., 3], none[..., 3], atol=1e-6)
     assert float(jnp.abs(all_of_them - none)[..., 3].max()) > 1e-3
@@ -158,8 +158,9 @@ def test_guidance_formula():
         (Segment(steps=1, mode=2, guide="same", guide_mode=4), (LABELS, 4)),
     ):
         trajectory = make_trajectory(
-            toy, process, method="ddim", segments=[segment], respacing=(99,), null_label=NULL
-        )
+            toy, process, method="ddim", segments=[segment], respacing=(99,), null_label=NULL,
+            guidance_channels=3,
+        )  # fmt: skip
         got = trajectory(1.0, x, lambda k: x, LABELS, guidance=2.5)
         main, guide = toy(1.0, x, t, LABELS, 2)[..., :4], toy(1.0, x, t, *other)[..., :4]
         expected = (guide + 2.5 * (main - guide)).at[..., 3].set(main[..., 3])
@@ -334,7 +335,9 @@ def test_calls_refused():
     sampler = sampler_of(GAUSSIAN, "ddpm", Segment(steps=4))
     with pytest.raises(ValueError, match=r"guidance has shape \(2,\)"):
         sampler(1.0, keys(), LABELS, guidance=jnp.ones(2))
-    sampler = make_diffusion_sampler(toy, GAUSSIAN, segments=[Segment(steps=4)], shape=(2, 2, 1))
+    sampler = make_diffusion_sampler(
+        toy, GAUSSIAN, segments=[Segment(steps=4)], shape=(2, 2, 1), guidance_channels=3
+    )
     with pytest.raises(ValueError, match="guidance_channels=3, but images have 1"):
         sampler(1.0, keys(), LABELS)
     for options in ({"form": "x"}, {"last": "x"}, {"last_size": 0.0}):

@@ -82,7 +82,7 @@ def make_sampler(denoise, config: DiTConfig, segments: tuple[Segment, ...], step
     return jax.jit(
         make_diffusion_sampler(
             denoise, GaussianDiffusion(), method=METHOD, segments=segments, shape=shape,
-            respacing=str(steps), null_label=config.num_classes,
+            respacing=str(steps), null_label=config.num_classes, guidance_channels=3,
         )
     )  # fmt: skip
 

@@ -54,13 +54,15 @@ class LoadedDiffusion(LoadedImages):
     def num_classes(self) -> int:
         return self.config.net.num_classes
 
-    def sampler(self, settings: DiffusionSample) -> Callable:
+    def sampler(self, settings: DiffusionSample | None = None) -> Callable:
         """A jitted sampler(variables, keys, labels, *, guidance=None) that gives images [B, H, W,
         C] float32; see `lintime.model.sampling.diffusion.make_diffusion_sampler`.
 
         Args:
-            settings: how; its guidance is not read, for it is an argument of the sampler.
+            settings: how, `config.sample` unless given; its guidance is not read, for it is an
+                argument of the sampler.
         """
+        settings = settings or self.config.sample
         return self._cached(make_sampler, process=self.config.process, **solver_options(settings))
 
     def drawer(self, settings):

@@ -29,15 +29,21 @@ class LoadedFlexible(LoadedDiffusion):
     def num_classes(self) -> int:
         return self.config.net.base.num_classes
 
+    @property
+    def tree(self) -> dict:
+        """All parameters, the frozen base of adapters included, as `mode_params` takes them."""
+        return {**self.params, **self.stats}
+
     @functools.cached_property
     def modes(self) -> dict:
         """{patch: parameters of the DiT of that patch}, adapters merged; what they share is not
         copied."""
-        return materialise(self.config.net, {**self.params, **self.stats})
+        return materialise(self.config.net, self.tree)
 
-    def sampler(self, settings: FlexibleSample) -> Callable:
+    def sampler(self, settings: FlexibleSample | None = None) -> Callable:
         """A jitted sampler(modes, keys, labels, *, guidance=None), see `LoadedDiffusion.sampler`,
         at the first of `settings.budgets`: one compiled program of all its patch sizes."""
+        settings = settings or self.config.sample
         options = solver_options(settings)
         options.pop("steps")
         return self._cached(

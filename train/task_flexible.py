@@ -23,8 +23,8 @@ class FlexibleTask(DiffusionTask):
     """The objectives of `run.process` in one patch size per update, which the step number decides.
 
     With adapters ("lora") the base is in `stats`, where nothing learns: no gradient, no optimiser
-    state, no moving average. Validation has the loss of the base's own patch size, and `loss_p4`
-    and so on of the others.
+    state, no moving average. Validation has the ordinary loss of every patch size, `loss_p2`,
+    `loss_p4` and so on, and as `loss` their mean over what is trained.
     """
 
     @property
@@ -43,6 +43,11 @@ class FlexibleTask(DiffusionTask):
 
     def init(self, key):
         return split_base(init_params(self.run.net, key))
+
+    def loss(self, params, stats, carry, batch, key):
+        *out, metrics = super().loss(params, stats, carry, batch, key)
+        mode = jnp.float32(self.mode or self.run.net.powerful)
+        return *out, metrics | {"mean": metrics["mean"] | {"patch_size": mode}}
 
     def start_from(self, path, wanted):
         """A FlexiDiT's weights, or those of the DiT that is to become flexible."""
@@ -95,15 +100,12 @@ class FlexibleTask(DiffusionTask):
     def _validation_parts(self, params, stats, x, labels, t, noise) -> dict[str, Array]:
         plain = dataclasses.replace(self.run.process, denoise=1.0, distill=0.0)
         run = dataclasses.replace(self.run, process=plain)
-        out = {}
-        for patch in (self.run.net.powerful, *self.run.net.others):
-            task = FlexibleTask(run, patch)
-            losses, parts = task._losses(params, stats, x, labels, t, noise, {})
-            if patch == self.run.net.powerful:
-                out |= parts | {"loss": losses}
-            else:
-                out[f"loss_p{patch}"] = losses
-        return out
+        losses = {
+            patch: FlexibleTask(run, patch)._losses(params, stats, x, labels, t, noise, {})[0]
+            for patch in sorted(self.run.net.patch_sizes)
+        }
+        out = {f"loss_p{patch}": value for patch, value in losses.items()}
+        return out | {"loss": sum(share * losses[p] for p, share in self.modes.items())}
 
 
 def split_base(tree: dict[str, Any]) -> dict[str, Any]:

@@ -120,7 +120,7 @@ def make_trajectory(
     respacing: str | Sequence[int] | None = None,
     eta: float = 0.0,
     clip: bool = False,
-    guidance_channels: int = 3,
+    guidance_channels: int = 0,
     interval: tuple[float, float] = (0.0, 1.0),
     null_label: int | None = None,
     sde: SDE | None = None,
@@ -201,7 +201,7 @@ def make_diffusion_sampler(
     respacing: str | Sequence[int] | None = None,
     eta: float = 0.0,
     clip: bool = False,
-    guidance_channels: int = 3,
+    guidance_channels: int = 0,
     interval: tuple[float, float] = (0.0, 1.0),
     null_label: int | None = None,
     sde: SDE | None = None,
@@ -220,8 +220,8 @@ def make_diffusion_sampler(
         respacing: which timesteps are kept, see `gaussian_tables`: as many as there are iterations.
             None: str(iterations). Gaussian diffusion only.
         eta: noise of "ddim". clip: predicted clean images to [-1, 1] (Gaussian diffusion).
-        guidance_channels: guidance acts on the first so many channels, as published for DiT (3 of
-            4); 0: on all C. Never on variances.
+        guidance_channels: guidance acts on the first so many channels; 0: on all C. Never on
+            variances. The published figures of DiT and SiT were drawn with 3 of 4.
         interval: guidance acts while the iteration's place between 0 (clean) and 1 (noise) is
             within (arXiv 2404.07724); other iterations do not compute the guiding prediction.
         null_label: the label of no class.

@@ -154,7 +154,7 @@ def sample(report: Report) -> None:
         denoiser(net, params), process, method=config["method"],
         segments=(Segment(steps=table.steps),), respacing=config["respacing"],
         eta=config.get("eta", 0.0), clip=config["clip_denoised"],
-        null_label=net.config.num_classes,
+        guidance_channels=3, null_label=net.config.num_classes,
     )  # fmt: skip
     recorded = jnp.asarray(noise[:, :rows])
     run = quick_jit(
@@ -228,6 +228,7 @@ def check_ode(report: Report, denoise, null_label: int) -> None:
     trajectory = make_trajectory(
         denoise, FlowMatching(), method="euler",
         segments=(Segment(steps=len(expected), scale=scale),), null_label=null_label,
+        guidance_channels=3,
     )  # fmt: skip
     run = quick_jit(lambda z: trajectory(None, z, lambda k: None, labels, record=True)[1]["x"])
     check_steps(report, "ode_x", run(nhwc(start)), len(start))
