@@ -15,8 +15,8 @@ from ..model.nets.flexidit import (
     mode_config,
     mode_flops,
 )
-from ..model.sampling.budget import plan, trajectory_flops
-from ..model.sampling.diffusion import Segment
+from ..model.sampling.budget import plan
+from ..model.sampling.diffusion import Segment, guided_iterations
 from .flops import count_flops
 from .loaded_diffusion import LoadedDiffusion, jit_sampler, solver_options
 from .schema import FlexibleSample
@@ -85,17 +85,16 @@ def flexible_segments(
 
 
 def flexible_flops(config: FlexiDiTConfig, s: FlexibleSample, budget: float) -> float:
-    """Multiply-adds of one image drawn at a budget, in the unit of DiT's "Gflops"."""
-    segments = flexible_segments(config, s, budget)
-    if s.guidance == 1.0:
-        segments = tuple(
-            Segment(
-                steps=part.steps, mode=part.mode, guide="none" if part.scale is None else "null"
-            )
-            for part in segments
-        )
-    calls = 2 if s.method == "heun" else 1
-    return calls * trajectory_flops(segments, mode_costs(config), config.powerful)
+    """Multiply-adds of one image drawn at a budget, in the unit of DiT's "Gflops"; guiding
+    predictions count where they are made."""
+    costs, total = mode_costs(config), 0.0
+    parts = [part for part in flexible_segments(config, s, budget) for _ in range(part.steps)]
+    for part, acts in zip(parts, guided_iterations(s.steps, s.guidance_interval)):
+        scale = s.guidance if part.scale is None else part.scale
+        total += costs[part.mode]
+        if acts and scale != 1.0 and part.guide != "none":
+            total += costs[part.guide_mode or part.mode]
+    return (2 if s.method == "heun" else 1) * total
 
 
 @functools.lru_cache(maxsize=8)

@@ -111,6 +111,20 @@ def guided_prediction(
     return jnp.concatenate([guide + scale * (led - guide), main[..., channels:]], axis=-1)
 
 
+def guided_iterations(steps: int, interval: tuple[float, float]) -> np.ndarray:
+    """[steps] bool: guidance acts where the middle of an iteration's share of the way from 0
+    (clean) to 1 (noise) is within (low, high).
+
+    Raises:
+        ValueError: an interval out of order or range.
+    """
+    low, high = interval
+    if not 0 <= low <= high <= 1:
+        raise ValueError(f"interval={tuple(interval)}; it is (low, high) within 0..1")
+    middle = (steps - np.arange(steps) - 0.5) / steps
+    return (low <= middle) & (middle <= high)
+
+
 def make_trajectory(
     denoise: Denoise,
     process: GaussianDiffusion | FlowMatching,
@@ -148,15 +162,10 @@ def make_trajectory(
         process, method, total, respacing=respacing, eta=eta, clip=clip, sde=sde,
         restarts=tuple(int(k) for k in starts) if reset_history else None,
     )  # fmt: skip
-    low, high = interval
-    if not 0 <= low <= high <= 1:
-        raise ValueError(f"interval={tuple(interval)}; it is (low, high) within 0..1")
     if null_label is None and any(s.guide == "null" and s.scale is not None for s in segments):
         raise ValueError("a segment has a guidance scale, but null_label is not set")
 
-    # Guidance acts where the middle of an iteration's share of 0 (clean) .. 1 (noise) is inside.
-    middle = (total - np.arange(total) - 0.5) / total
-    acts = (low <= middle) & (middle <= high)
+    acts = guided_iterations(total, interval)
     pieces: list[tuple[int, int, Segment, bool]] = []
     for begin, end, segment in zip(starts, ends, segments):
         cuts = [k for k in range(begin + 1, end) if acts[k] != acts[k - 1]]
