@@ -268,7 +268,7 @@ def test_bench_prints_a_table(cli, tmp_path):
         (("train", CONFIG, "--runs"), "unknown argument --runs; see `lintime train --help`"),
         (("train", CONFIG, "--processes", "two"), "invalid int value: 'two'"),
         (("train", "transformer_vq/quikstart"), "did you mean transformer_vq/quickstart?"),
-        (("train", "quickstart"), "did you mean aim/quickstart, mamba/quickstart or"),
+        (("train", "quickstart"), "did you mean aim/quickstart, dit/quickstart or"),
         (("train", "missing.py"), "missing.py does not exist"),
         (("train", CONFIG, "optim.learning_rat=1"), "did you mean optim.learning_rate?"),
         (("train", CONFIG, "steps=many"), "steps: expected int, got 'many'"),
