@@ -14,15 +14,19 @@ from PIL import Image
 import lintime
 from lintime.model.convert.autoencoder_kl import autoencoder_shapes
 from lintime.model.nets.autoencoder_kl import AutoencoderKLConfig
+from lintime.model.nets.dit import DiTConfig
+from lintime.model.processes.gaussian import GaussianDiffusion
 from lintime.model.sampling.classes import row_keys
 from lintime.train import loop
 from lintime.train.arrays import encode_arrays
 from lintime.train.cli import main
+from lintime.train.encoding import encode_data
 from lintime.train.errors import UserError
 from lintime.train.evaluate import make_evaluator
 from lintime.train.finish import finish
 from lintime.train.override import apply_overrides
 from lintime.train.pictures import to_uint8
+from lintime.train.schema import DiffusionSample, LatentData, Run
 from lintime.train.tasks import make_task
 from lintime.train.validate import validate
 from tests import autoencoder_vectors as vectors
@@ -384,3 +388,11 @@ def test_latents_that_do_not_fit_are_not_made(override, words, images, autoencod
     run = latent_run(images, autoencoder, override)
     refused(words, loop.train, run, tmp_path / "run", **ONE)
     assert not (tmp_path / "run").exists()
+
+
+def test_latents_of_nowhere_cannot_be_trained_on():
+    parts = {"process": GaussianDiffusion(), "data": LatentData(), "sample": DiffusionSample()}
+    run = Run(net=DiTConfig(), **parts)
+    validate(run)  # it may be a converted model, to draw from
+    with pytest.raises(UserError, match="nothing says what to train on"):
+        encode_data(run, ".")

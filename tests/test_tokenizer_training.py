@@ -131,14 +131,14 @@ def test_a_converted_tokenizer_gets_a_fresh_discriminator(gan, tmp_path, monkeyp
     save_inference(tmp_path / "converted", weights)
     source = tmp_path / "converted"
     tuned = dataclasses.replace(run, init_from=str(source), steps=1)
-    started, original = [], loop._start_from
+    started, original = [], loop.start_from
 
     def start_from(*arguments):
         state, new = original(*arguments)
         started.append(jax.device_get(state))
         return state, new
 
-    monkeypatch.setattr(loop, "_start_from", start_from)
+    monkeypatch.setattr(loop, "start_from", start_from)
     loop.train(tuned, tmp_path / "tuned", **ONE)
     assert f"init_from={source}: it has no discriminator, which starts fresh" in (
         "".join(capsys.readouterr())

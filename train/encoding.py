@@ -6,9 +6,7 @@ import dataclasses
 from pathlib import Path
 
 from ..model.nets.dit import DiTConfig
-from .data.codes import CodesInfo
-from .data.latents import LatentsInfo
-from .errors import told_as
+from .errors import UserError, told_as
 from .schema import CodeData, ImageData, LatentData, Run
 from .stages import resolve
 from .task_diffusion import check_latents
@@ -40,12 +38,19 @@ def encode_data(run: Run, run_dir: str | Path) -> Path | None:
     folder = encoded_dir(run, run_dir)
     if isinstance(run.data, CodeData) and run.data.tokenizer:  # else there is nothing to check
         _codes(run, run_dir, folder)
-    if isinstance(run.data, LatentData) and run.data.autoencoder:
-        _latents(run, folder)
+    if isinstance(run.data, LatentData):
+        if not run.data.path and not run.data.autoencoder:
+            raise UserError(
+                "neither data.path (a folder of `lintime prepare latents`) nor data.autoencoder is "
+                "set; nothing says what to train on"
+            )
+        if run.data.autoencoder:
+            _latents(run, folder)
     return folder
 
 
 def _codes(run: Run, run_dir: str | Path, folder: Path) -> None:
+    from .data.codes import CodesInfo
     from .prepare import prepare_codes
     from .tokenizer import check_fingerprint, load_tokenizer
 
@@ -60,6 +65,7 @@ def _codes(run: Run, run_dir: str | Path, folder: Path) -> None:
 
 def _latents(run: Run, folder: Path) -> None:
     from .autoencoder import check_autoencoder, load_autoencoder
+    from .data.latents import LatentsInfo
     from .prepare import prepare_latents
 
     data = run.data

@@ -209,11 +209,6 @@ def _check_relations(run: Run) -> None:
             )
     if isinstance(run.data, CodeData):
         _check_codes(run)
-    if isinstance(run.data, LatentData) and not run.data.path and not run.data.autoencoder:
-        raise UserError(
-            "neither data.path (a folder of `lintime prepare latents`) nor data.autoencoder is "
-            "set; nothing says what to train on"
-        )
     _check_used(run)
 
 
