@@ -117,7 +117,9 @@ def test_where_texts_are_pooled():
 
 def test_padding_after_a_text_reaches_nothing(clip_params):
     ids = jnp.asarray(vectors.clip_ids()[:1])
-    apply = lambda ids: Clip(CLIP).apply({"params": clip_params}, ids, method="encode_text")
+    apply = jax.jit(
+        lambda ids: Clip(CLIP).apply({"params": clip_params}, ids, method="encode_text")
+    )
     whole, cut, other = apply(ids), apply(ids[:, :5]), apply(ids.at[:, 5:].set(7))
     np.testing.assert_allclose(cut.states, whole.states[:, :5], atol=1e-5)
     np.testing.assert_allclose(cut.pooled, whole.pooled, atol=1e-5)
