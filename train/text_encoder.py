@@ -134,7 +134,7 @@ def load_text_encoder(
     Raises:
         UserError: nothing there, weights of something else, or no tokenizer.
     """
-    source = _locate(Path(path).expanduser())
+    source = locate_encoder(Path(path).expanduser())
     beside = config_beside(source)
     run, published = read_hyperparameters(beside) if beside else (None, None)
     if run is not None:
@@ -142,10 +142,10 @@ def load_text_encoder(
     config, params = read_weights(source, published)
     folder = source if source.is_dir() else source.parent
     if isinstance(config, T5Config):
-        model = _tokenizer_folder(folder, tokenizer, SENTENCEPIECE) / SENTENCEPIECE
+        model = tokenizer_folder(folder, tokenizer, SENTENCEPIECE) / SENTENCEPIECE
         vocab = T5Vocab(model)
     else:
-        vocab = ClipVocab(_tokenizer_folder(folder, tokenizer, "merges.txt"))
+        vocab = ClipVocab(tokenizer_folder(folder, tokenizer, "merges.txt"))
     return LoadedTextEncoder(config, params, vocab, length=length, dtype=dtype, path=path)
 
 
@@ -171,7 +171,7 @@ def read_weights(source: Path, published: dict | None) -> tuple[ClipConfig | T5C
         ) from error
 
 
-def _locate(path: Path) -> Path:
+def locate_encoder(path: Path) -> Path:
     """The folder or file of weights that `path` means."""
     if not path.exists():
         raise UserError(
@@ -182,7 +182,7 @@ def _locate(path: Path) -> Path:
     return inner if path.is_dir() and inner.is_dir() else path
 
 
-def _tokenizer_folder(folder: Path, given: str | Path, file: str) -> Path:
+def tokenizer_folder(folder: Path, given: str | Path, file: str) -> Path:
     """The first folder that has the tokenizer's file.
 
     Raises:
