@@ -1,4 +1,4 @@
-"""Features of captions, made once by `lintime prepare text`: what their folder holds, and reading it.
+"""Features of captions, made once by `lintime prepare text`: what a folder holds, and reading it.
 
 The folder holds, in the order of the images of a source (that of `lintime prepare latents`),
 
