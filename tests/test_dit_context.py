@@ -6,9 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
 
 from lintime.model.mixers.full_attention import FullAttention, JointAttention
 from lintime.model.nets.dit import DiT
+from lintime.model.partition import parameter_shardings
+from lintime.train.mesh import ROWS, make_mesh
+from lintime.train.schema import Mesh
 from tests.golden.quick import quick_jit
 from tests.tiny import quick
 from tests.tiny_dit import abstract_params, make_config, random_params, some_inputs
@@ -189,3 +193,18 @@ def test_what_is_refused():
         shape(make_config(), x, t, labels, context=CONTEXT)
     with pytest.raises(ValueError, match=r"a context of shape \(2, 6\); the net has context_len"):
         shape(text_config("cross"), x, t, labels, context=CONTEXT[:, :2])
+
+
+@pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices")
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_mesh_computes_the_same(kind):
+    config = text_config(kind, d_model=32, n_head=4, mlp_ratio=4.0)
+    params, inputs = random_params(config), some_inputs(config, rows=8)
+    context, mask = np.tile(CONTEXT, (4, 1, 1)), np.tile(MASK, (4, 1))
+    inputs = (*inputs, context, mask, np.arange(8) % 4 == 0)
+    want = runner(config)(params, *inputs)
+    with jax.set_mesh(mesh := make_mesh(Mesh(data=2, fsdp=2, tensor=2))):
+        args = tuple(jax.device_put(a, NamedSharding(mesh, ROWS)) for a in inputs)
+        placed = jax.device_put(params, parameter_shardings(params, mesh))
+        got = runner.__wrapped__(config)(placed, *args)  # compiled for this mesh
+    np.testing.assert_allclose(got, want, **close)
