@@ -1,5 +1,5 @@
-"""`lintime prepare`: what is computed once, ahead of training: token codes of images, or the
-moments of their latents.
+"""`lintime prepare`: what is computed once, ahead of training: token codes of images, the moments
+of their latents, or features of their captions (`prepare_text`).
 """
 
 from __future__ import annotations
@@ -194,6 +194,7 @@ examples:
   lintime prepare codes imagenet/ --tokenizer vq_ds16_c2i.pt --out codes/
   lintime prepare codes images/ --tokenizer runs/tokenizer --out codes/ --size 64 --views flip
   lintime prepare latents imagenet/ --autoencoder sd-vae-ft-ema/ --out latents/
+  lintime prepare text images/ --encoder t5-v1_1-xxl/ --length 120 --out text/
 The same command continues what was interrupted. On several hosts: --distributed, one file system.
 """
 
@@ -234,6 +235,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="do not keep the mirror images of training images too",
     )  # fmt: skip
 
+    from . import prepare_text
+
+    prepare_text.add_arguments(kind("text", "Features of the captions of images."))
+
 
 def _common(parser: argparse.ArgumentParser) -> None:
     """Arguments of every kind that is made of images."""
@@ -264,6 +269,11 @@ def _common(parser: argparse.ArgumentParser) -> None:
 
 def run_command(arguments: argparse.Namespace) -> None:
     """`lintime prepare`: encodes the images and says what to do next."""
+    if arguments.what == "text":
+        from . import prepare_text
+
+        prepare_text.run_command(arguments)
+        return
     from .launch import join
 
     join(arguments.coordinator, arguments.processes, arguments.process_index, arguments.distributed)

@@ -106,7 +106,7 @@ def dit_to_reference(params: Mapping[str, Any], config: DiTConfig) -> dict[str, 
     """Published names and layouts, `pos_embed` included; inverse of `dit_from_reference`.
 
     Raises:
-        ValueError: the layout has no such mixer.
+        ValueError: the layout has no such mixer, or no context.
     """
     _check_mixer(config)
     params, p = flatten(params), config.patch_size
@@ -128,6 +128,8 @@ def dit_to_reference(params: Mapping[str, Any], config: DiTConfig) -> dict[str, 
 def _check_mixer(config: DiTConfig) -> None:
     if config.mixer != "attention":
         raise ValueError(f"net.mixer={config.mixer}, but the DiT layout knows attention only")
+    if config.context != "none":
+        raise ValueError(f"net.context={config.context}, but the DiT layout knows no context")
 
 
 def check_positions(given: Any, config: DiTConfig) -> None:
@@ -252,7 +254,7 @@ def dit_fields(config: DiTConfig) -> dict[str, Any]:
     """The arguments of the published class; inverse of `dit_config_from_fields`.
 
     Raises:
-        ValueError: the layout has no such mixer.
+        ValueError: the layout has no such mixer, or no context.
     """
     _check_mixer(config)
     return {theirs: getattr(config, ours) for ours, theirs in FIELDS.items()}

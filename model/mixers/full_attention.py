@@ -25,11 +25,13 @@ class FullAttention(nn.Module):
         features: width d of the input and output.
         num_heads: H; K = d / H.
         dtype: of the matmuls; the softmax is float32.
+        out_init: of `proj`'s kernel.
     """
 
     features: int
     num_heads: int
     dtype: jnp.dtype = jnp.float32
+    out_init: nn.initializers.Initializer = nn.initializers.xavier_uniform()
 
     @nn.compact
     def __call__(
@@ -65,37 +67,94 @@ class FullAttention(nn.Module):
             raise ValueError("context_mask without a context")
         if context is not None and segment_ids is not None:
             raise ValueError("segment_ids say nothing about a context; give a context_mask")
-        if self.features % self.num_heads:
-            raise ValueError(f"num_heads={self.num_heads} does not divide width={self.features}")
+        check_heads(self.features, self.num_heads)
         x = constrain(_valid(x, mask), "batch", "seq", None)
         if context is None:
-            q, k, v = self._heads(x, 3, "qkv")
+            q, k, v = _heads(self, x, 3, "qkv")
             allowed = None if mask is None else (mask != 0)[:, None, None, :]
             if segment_ids is not None:
                 same = (segment_ids[:, :, None] == segment_ids[:, None, :])[:, None]
                 allowed = same if allowed is None else same & allowed
         else:
-            (q,) = self._heads(x, 1, "q")
-            k, v = self._heads(_valid(context, context_mask), 2, "kv")
+            (q,) = _heads(self, x, 1, "q")
+            k, v = _heads(self, _valid(context, context_mask), 2, "kv")
             allowed = None if context_mask is None else (context_mask != 0)[:, None, None, :]
-        y = jax.nn.dot_product_attention(
-            q, k, v, mask=allowed, implementation="cudnn" if _fused(q, k) else "xla"
-        )
-        y = constrain(y, "batch", "seq", "heads", None).reshape(x.shape)
-        init = nn.initializers.xavier_uniform()
-        y = nn.Dense(self.features, kernel_init=init, dtype=self.dtype, name="proj")(
+        y = _attend(q, k, v, allowed).reshape(x.shape)
+        y = nn.Dense(self.features, kernel_init=self.out_init, dtype=self.dtype, name="proj")(
             y.astype(self.dtype)
         )
         return constrain(y, "batch", "seq", None), {}
 
-    def _heads(self, x: Array, parts: int, name: str) -> list[Array]:
-        """The projections of x [B, T, .] as n arrays [B, T, H, K], each in memory of its own."""
-        dense = PartedDense(
-            (self.features,) * parts, True, nn.initializers.xavier_uniform(), self.dtype, name=name
-        )
-        head_dim = self.features // self.num_heads
-        shape = (*x.shape[:2], self.num_heads, head_dim)
-        return [constrain(y.reshape(shape), "batch", "seq", "heads", None) for y in dense(x)]
+
+class JointAttention(nn.Module):
+    """Attention within tokens and a context put together, each with projections of its own
+    (MM-DiT, arXiv 2403.03206, section 4).
+
+    Parameters: `qkv`, `proj` of the tokens and `context_qkv`, `context_proj` of the context, all as
+    in `FullAttention`; both have the same width.
+
+    Attributes: as of `FullAttention`.
+    """
+
+    features: int
+    num_heads: int
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, x: Array, context: Array, *, context_mask: Array | None = None
+    ) -> tuple[Array, Array]:
+        """Mix whole rows.
+
+        Args:
+            x: [B, T, d]. context: [B, S, d].
+            context_mask: [B, S] valid tokens of the context. No token attends to the others, whose
+                outputs mean nothing.
+
+        Returns:
+            y [B, T, d] and y of the context [B, S, d] in `dtype`.
+
+        Raises:
+            ValueError: num_heads does not divide the width.
+        """
+        check_heads(self.features, self.num_heads)
+        own = _heads(self, x, 3, "qkv")
+        theirs = _heads(self, _valid(context, context_mask), 3, "context_qkv")
+        q, k, v = (jnp.concatenate(pair, axis=1) for pair in zip(own, theirs, strict=True))
+        allowed = None
+        if context_mask is not None:
+            all_own = jnp.ones(x.shape[:2], bool)
+            allowed = jnp.concatenate([all_own, context_mask != 0], axis=1)[:, None, None, :]
+        y = _attend(q, k, v, allowed).astype(self.dtype)
+        y = y.reshape(*y.shape[:2], self.features)
+        init = nn.initializers.xavier_uniform()
+        dense = lambda name: nn.Dense(self.features, kernel_init=init, dtype=self.dtype, name=name)
+        own, theirs = y[:, : x.shape[1]], y[:, x.shape[1] :]
+        own, theirs = dense("proj")(own), dense("context_proj")(theirs)
+        return constrain(own, "batch", "seq", None), constrain(theirs, "batch", None, None)
+
+
+def check_heads(features: int, num_heads: int) -> None:
+    """Raises ValueError unless num_heads divides the width."""
+    if features % num_heads:
+        raise ValueError(f"num_heads={num_heads} does not divide width={features}")
+
+
+def _heads(module, x: Array, parts: int, name: str) -> list[Array]:
+    """The projections of x [B, T, .] as n arrays [B, T, H, K], each in memory of its own."""
+    dense = PartedDense(
+        (module.features,) * parts, True, nn.initializers.xavier_uniform(), module.dtype, name=name
+    )
+    shape = (*x.shape[:2], module.num_heads, module.features // module.num_heads)
+    return [constrain(y.reshape(shape), "batch", "seq", "heads", None) for y in dense(x)]
+
+
+def _attend(q: Array, k: Array, v: Array, allowed: Array | None) -> Array:
+    """softmax(q k^T / sqrt(K)) v [B, T, H, K]; allowed: broadcasts to [B, H, T, S]."""
+    y = jax.nn.dot_product_attention(
+        q, k, v, mask=allowed, implementation="cudnn" if _fused(q, k) else "xla"
+    )
+    return constrain(y, "batch", "seq", "heads", None)
 
 
 def _valid(x: Array, mask: Array | None) -> Array:

@@ -22,15 +22,17 @@ from ..layers.conditioning import (
     modulated_layer_norm,
     timestep_features,
 )
+from ..layers.context import NULLS, ContextEmbedder
 from ..layers.patches import patchify, unpatchify
 from ..layers.positions import sincos_positions
 from ..mixers.bidirectional import Bidirectional
-from ..mixers.full_attention import FullAttention
+from ..mixers.full_attention import FullAttention, JointAttention
 from ..partition import constrain
 from . import mamba_lm
 
 EPSILON = 1e-6  # of the layer norms
 TIME_FEATURES = 256
+CONTEXTS = ("none", "cross", "joint")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,10 +45,18 @@ class DiTConfig:
         base_patch: the patch in whose units positions count; 0 means patch_size.
         d_model: residual width D. n_layer: blocks. n_head: heads of the attention.
         mlp_ratio: hidden width of the MLP in units of D.
-        num_classes: K; class id K is the null class, for guidance.
-        class_dropout: probability that a row trains on the null class; 0: there is no null class.
+        num_classes: K; class id K is the null class, for guidance. 0, with a context: no classes,
+            labels are not read.
+        class_dropout: probability that a row trains on the null class, and on the null context; 0:
+            there are none.
         learn_sigma: twice as many output channels: the second half for the variance.
         mixer: "attention", or the sum of both directions of "mamba2" or "mamba1".
+        context: how features of a text enter the blocks. "none"; "cross": r + attention(r, context)
+            after the mixer (PixArt, arXiv 2310.00426, section 2.3), zero at the start; "joint": the
+            context is a second stream of tokens with weights of its own, mixed in one attention
+            (MM-DiT, arXiv 2403.03206, section 4; takes mixer="attention").
+        context_dim: width of the features. context_length: their tokens S.
+        null_context: the context of dropped rows: "learned" features, or "zero".
         d_state, d_conv, .., chunk, use_bias, conv_bias: of Mamba mixers, as in `MambaConfig`.
         residual_in_fp32: keep the residual stream in float32 whatever the compute dtype.
     """
@@ -63,6 +73,10 @@ class DiTConfig:
     class_dropout: float = 0.1
     learn_sigma: bool = True
     mixer: str = "attention"
+    context: str = "none"
+    context_dim: int = 0
+    context_length: int = 0
+    null_context: str = "learned"
     d_state: int = 0
     d_conv: int = 4
     expand: int = 2
@@ -119,6 +133,25 @@ def make_mixer(config: DiTConfig, dtype=jnp.float32, **module):
     if config.mixer not in ("mamba1", "mamba2"):
         raise ValueError(f"mixer={config.mixer!r}; choose attention, mamba2 or mamba1")
     return Bidirectional(mamba_lm.make_mixer(config, dtype, parent=None), **module)
+
+
+def check_context(config: DiTConfig) -> None:
+    """Raises ValueError unless the fields about the context fit together."""
+    c = config
+    if c.context not in CONTEXTS:
+        raise ValueError(f"context={c.context!r}; choose one of {', '.join(CONTEXTS)}")
+    if c.null_context not in NULLS:
+        raise ValueError(f"null_context={c.null_context!r}; choose learned or zero")
+    sizes = f"context_dim={c.context_dim} and context_length={c.context_length}"
+    if c.context == "none":
+        if c.context_dim or c.context_length:
+            raise ValueError(f"{sizes} without a context; set context=cross or joint")
+        if c.num_classes < 1:
+            raise ValueError(f"num_classes={c.num_classes}; a net without a context needs classes")
+    elif c.context_dim < 1 or c.context_length < 1:
+        raise ValueError(f"context={c.context} with {sizes}; both must be at least 1")
+    if c.context == "joint" and c.mixer != "attention":
+        raise ValueError(f"context=joint takes mixer=attention, not {c.mixer}; or context=cross")
 
 
 def position_table(config: DiTConfig):
@@ -199,7 +232,11 @@ def _widen(x):
 
 
 class Block(nn.Module):
-    """r + gate1 mixer(norm(r) (1 + scale1) + shift1), then the same with an MLP (adaLN-Zero)."""
+    """r + gate1 mixer(norm(r) (1 + scale1) + shift1), then the same with an MLP (adaLN-Zero).
+
+    A context is read between the two ("cross"), or goes through both beside r ("joint"). What the
+    last block makes of a joint context is not used.
+    """
 
     config: DiTConfig
     dtype: jnp.dtype
@@ -207,31 +244,77 @@ class Block(nn.Module):
     def setup(self):
         c = self.config
         self.modulation = ModulationHead(6)  # float32: few rows, and it scales all tokens
+        self.mlp = Mlp(c.d_intermediate, self.dtype)
+        if c.context == "joint":
+            self.attn = JointAttention(c.d_model, c.n_head, self.dtype)
+            self.context_modulation = ModulationHead(6)
+            self.context_mlp = Mlp(c.d_intermediate, self.dtype)
+            return
         name = "attn" if c.mixer == "attention" else "mixer"
         setattr(self, name, make_mixer(c, self.dtype))
-        self.mlp = Mlp(c.d_intermediate, self.dtype)
+        if c.context == "cross":
+            zeros = nn.initializers.zeros
+            self.cross = FullAttention(c.d_model, c.n_head, self.dtype, out_init=zeros)
 
-    def conditioning(self, c: Array, _):
-        """c [B, D] as it is, and the block's vectors [B, 6 D]. In scan form."""
-        return c, constrain(self.modulation(c, flat=True), "batch", None)
+    def conditioning(self, c: Array, *_):
+        """c [B, D] as it is, and the block's vectors [B, 6 D], or [B, 12 D] with those of a joint
+        context behind them. In scan form.
+        """
+        vectors = self.modulation(c, flat=True)
+        if self.config.context == "joint":
+            theirs = self.context_modulation(c, flat=True)
+            vectors = jnp.concatenate([vectors, theirs], axis=-1)
+        return c, constrain(vectors, "batch", None)
 
-    def __call__(self, r: Array, vectors: Array):
-        """New residual stream [B, T, D] (and None), from vectors [B, 6 D]. In scan form."""
+    def __call__(self, r, vectors: Array, context: Array | None, context_mask: Array | None):
+        """New residual stream [B, T, D] (and None), from what `conditioning` gives. In scan form.
+
+        With a joint context r is (r, the context's stream [B, S, D]). A cross context [B, S, D]
+        comes as `context`; context_mask: [B, S].
+        """
         # Each is said to follow the rows: left to itself XLA's partitioner takes rows of other
         # devices for some of them on meshes of data, fsdp and tensor (jax 0.10 to 0.12).
         by_row = lambda v: constrain(v[:, None], "batch", None, None)
-        vectors = jnp.split(vectors, 6, axis=-1)
-        shift1, scale1, gate1, shift2, scale2, gate2 = (by_row(v) for v in vectors)
+        joint = self.config.context == "joint"
+        vectors = jnp.split(vectors, 12 if joint else 6, axis=-1)
+        vectors = [by_row(v) for v in vectors]
+        if joint:
+            return self._joint(*r, vectors[:6], vectors[6:], context_mask), None
+        shift1, scale1, gate1, *second = vectors
         mixer = self.attn if self.config.mixer == "attention" else self.mixer
 
         y, _ = mixer(modulated_layer_norm(r, shift1, scale1, EPSILON, self.dtype))
         self.sow("intermediates", "mixed", y)
-        r = constrain(gated_add(r, gate1.astype(r.dtype), y), "batch", "seq", None)
-        y = self.mlp(modulated_layer_norm(r, shift2, scale2, EPSILON, self.dtype))
+        r = _add(r, gate1, y)
+        if self.config.context == "cross":
+            y, _ = self.cross(r, context=context, context_mask=context_mask)
+            self.sow("intermediates", "crossed", y)
+            r = constrain(r + y.astype(r.dtype), "batch", "seq", None)
+        r, y = self._feed(self.mlp, r, *second)
         self.sow("intermediates", "mlp_out", y)
-        r = constrain(gated_add(r, gate2.astype(r.dtype), y), "batch", "seq", None)
         self.sow("intermediates", "out", r)
         return r, None
+
+    def _joint(self, r, s, own, theirs, context_mask):
+        """New streams of tokens and context."""
+        norm = lambda r, v: modulated_layer_norm(r, v[0], v[1], EPSILON, self.dtype)
+        y, z = self.attn(norm(r, own), norm(s, theirs), context_mask=context_mask)
+        self.sow("intermediates", "mixed", y)
+        r, s = _add(r, own[2], y), _add(s, theirs[2], z, None)
+        r, y = self._feed(self.mlp, r, *own[3:])
+        s, _ = self._feed(self.context_mlp, s, *theirs[3:], axis=None)
+        self.sow("intermediates", "mlp_out", y)
+        self.sow("intermediates", "out", r)
+        return r, s
+
+    def _feed(self, mlp, r, shift, scale, gate, axis="seq"):
+        """The MLP's branch: (new stream, what was added before its gate)."""
+        y = mlp(modulated_layer_norm(r, shift, scale, EPSILON, self.dtype))
+        return _add(r, gate, y, axis), y
+
+
+def _add(r: Array, gate: Array, y: Array, axis: str | None = "seq") -> Array:
+    return constrain(gated_add(r, gate.astype(r.dtype), y), "batch", axis, None)
 
 
 class Final(nn.Module):
@@ -272,6 +355,7 @@ class DiT(nn.Module):
 
     def setup(self):
         c = self.config
+        check_context(c)
         block = Block
         if self.remat != "none":
             policy = mamba_lm.REMAT_POLICIES[self.remat]
@@ -280,21 +364,34 @@ class DiT(nn.Module):
             block,
             variable_axes={"params": 0, "intermediates": 0},
             split_rngs={"params": True},
-            in_axes=0,
+            in_axes=(0, nn.broadcast, nn.broadcast),
             length=c.n_layer,
             unroll=c.n_layer if self.unroll else 1,
             methods=["__call__", "conditioning"],
         )(c, self.dtype)
         self.x_embedder = nn.Dense(c.d_model, kernel_init=nn.initializers.xavier_uniform())
         self.t_embedder = TimeEmbedder(c.d_model)
-        self.y_embedder = nn.Embed(
-            c.num_classes + (c.class_dropout > 0), c.d_model,
-            embedding_init=nn.initializers.normal(0.02),
-        )  # fmt: skip
+        if c.num_classes:
+            self.y_embedder = nn.Embed(
+                c.num_classes + (c.class_dropout > 0), c.d_model,
+                embedding_init=nn.initializers.normal(0.02),
+            )  # fmt: skip
+        if c.context != "none":
+            self.context_embedder = ContextEmbedder(
+                c.d_model, c.context_length, c.context_dim,
+                c.null_context if c.class_dropout else "", self.dtype,
+            )  # fmt: skip
         self.final = Final(c.patch_size**2 * c.out_channels)
 
     def __call__(
-        self, x: Array, t: Array, labels: Array, *, drop: Array | None = None
+        self,
+        x: Array,
+        t: Array,
+        labels: Array,
+        *,
+        drop: Array | None = None,
+        context: Array | None = None,
+        context_mask: Array | None = None,
     ) -> tuple[Array, dict]:
         """What the process asks for (noise, velocity, ..) at every pixel.
 
@@ -302,14 +399,19 @@ class DiT(nn.Module):
             x: [B, input_size, input_size, C] noisy images.
             t: [B] int or float time, in the units the net is trained with.
             labels: [B] int32 class ids in 0..num_classes (the null class).
-            drop: [B] bool: rows to take the null class, whatever their label. None: each row with
-                probability class_dropout if an rng "dropout" is given, else none.
+            drop: [B] bool: rows to take the null class, whatever their label, and the null context.
+                None: each row with probability class_dropout if an rng "dropout" is given, else
+                none.
+            context: [B, S, context_dim] features of a text, for nets that read one. None: the null
+                context for all rows.
+            context_mask: [B, S] tokens that belong to the text, at least one per row; None: all.
 
         Returns:
             [B, input_size, input_size, out_channels] float32, and {} (no auxiliary losses).
 
         Raises:
-            ValueError: images of another shape, or `drop` for a net without a null class.
+            ValueError: images or context of another shape, a context for a net that reads none, or
+                `drop` (or no context) for a net without a null class (or null context).
         """
         c, grid = self.config, self.config.grid
         if x.shape[1:] != (c.input_size, c.input_size, c.in_channels):
@@ -323,9 +425,19 @@ class DiT(nn.Module):
         r = r + jnp.asarray(position_table(c), r.dtype)
         r = r.astype(r.dtype if c.residual_in_fp32 else self.dtype)
         r = constrain(r, "batch", "seq", None)
+        if drop is None:
+            drop = self._draw_drop(t.shape)
         condition = constrain(self.condition(t, labels, drop=drop), "batch", None)
-        _, vectors = self.blocks.conditioning(condition, None)
-        r, _ = self.blocks(r, vectors)
+        if c.context != "none":
+            read = self.context_embedder(context, context_mask, drop, len(t))
+            context, context_mask = read
+        elif context is not None or context_mask is not None:
+            raise ValueError("context=none: the net reads no context")
+        _, vectors = self.blocks.conditioning(condition, None, None, None)
+        if c.context == "joint":
+            (r, _), _ = self.blocks((r, context.astype(r.dtype)), vectors, None, context_mask)
+        else:
+            r, _ = self.blocks(r, vectors, context, context_mask)
         tokens = constrain(self.final(r, condition), "batch", "seq", None)
         self.sow("intermediates", "tokens", tokens)
         out = unpatchify(tokens, c.patch_size, grid)
@@ -336,11 +448,21 @@ class DiT(nn.Module):
         c = self.config
         if drop is not None and not c.class_dropout:
             raise ValueError("class_dropout=0: the net has no null class to drop labels to")
-        if drop is None and c.class_dropout and self.has_rng("dropout"):
-            drop = jax.random.bernoulli(self.make_rng("dropout"), c.class_dropout, labels.shape)
+        time = self.t_embedder(t)
+        self.sow("intermediates", "time", time)
+        if not c.num_classes:
+            return time
+        drop = self._draw_drop(labels.shape) if drop is None else drop
         if drop is not None:
             labels = jnp.where(drop, c.num_classes, labels)
-        time, label = self.t_embedder(t), self.y_embedder(labels)
-        self.sow("intermediates", "time", time)
+        label = self.y_embedder(labels)
         self.sow("intermediates", "label", label)
         return time + label
+
+    def _draw_drop(self, shape: tuple[int, ...]) -> Array | None:
+        """Rows that an rng "dropout" drops; None without one, or where there is nothing to drop
+        to."""
+        rate = self.config.class_dropout
+        if not rate or not self.has_rng("dropout"):
+            return None
+        return jax.random.bernoulli(self.make_rng("dropout"), rate, shape)
