@@ -197,7 +197,7 @@ def test_it_begins_as_the_dit_it_was_made_of(variant, images, dit, tmp_path):
     own = mode_params(run.net, states[0], 2)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), own,
                  saved_state(*dit).ema)  # fmt: skip
-    assert read_lines(tmp_path / "a")[-1]["val_loss"] == pytest.approx(
+    assert read_lines(tmp_path / "a")[-1]["val_loss_p2"] == pytest.approx(
         read_lines(dit[1])[-1]["val_loss"], rel=1e-5
     )
 

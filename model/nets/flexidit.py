@@ -364,14 +364,3 @@ def _replaced(tree: Params, path: str, leaves: Mapping[str, Any]) -> dict[str, A
     inner = tree.get(head, {})
     new = _replaced(inner, rest, leaves) if rest else {**inner, **leaves}
     return {**tree, head: new}
-
-
-def trainable(config: FlexiDiTConfig, params: Params) -> dict[str, Any]:
-    """A tree of bools like `params`: which parameters learn, for optax.masked or partition.
-
-    All of them in the shared variant; with "lora" what is under "modes".
-    """
-    frozen = {"base"} if config.variant == "lora" else set()
-    return {
-        name: jax.tree.map(lambda _, n=name: n not in frozen, tree) for name, tree in params.items()
-    }

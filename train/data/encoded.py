@@ -13,6 +13,7 @@ other splits one, the centre crop at the first resize.
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import functools
 import json
@@ -34,7 +35,7 @@ FORMAT_VERSION = 1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class EncodedInfo:
+class EncodedInfo(abc.ABC):
     """What is in a folder; `CodesInfo` and `LatentsInfo` say of which kind.
 
     Attributes:
@@ -65,26 +66,26 @@ class EncodedInfo:
     ARGUMENTS: ClassVar[str]
 
     @property
+    @abc.abstractmethod
     def row_shape(self) -> tuple[int, ...]:
         """Shape of what a view became, as it is stored."""
-        raise NotImplementedError
 
     @property
+    @abc.abstractmethod
     def dtype(self) -> np.dtype:
         """Of what is stored."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def check(self, encoded: np.ndarray) -> None:
         """Whether [N, h, w, ...] is what the maker of this folder makes.
 
         Raises:
             ValueError: the maker is broken. UserError: its weights are.
         """
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def identity(self) -> dict[str, Any]:
         """What of the maker a checkpoint remembers."""
-        raise NotImplementedError
 
     def num_views(self, split: str) -> int:
         """V of a split."""
@@ -230,7 +231,7 @@ class _Shards:
 # ---------------------------------------------------------------- batches
 
 
-class EncodedReader:
+class EncodedReader(abc.ABC):
     """What the reader threads and processes hold: the folder, the order, how views are chosen."""
 
     def __init__(
@@ -260,9 +261,9 @@ class EncodedReader:
             arrays[k], labels[k] = stored[position, views[k]], of_shard[position]
         return {**self.fields(arrays), "labels": labels, "valid": valid}
 
+    @abc.abstractmethod
     def fields(self, arrays: np.ndarray) -> dict[str, np.ndarray]:
         """What a batch says of stored rows [R, ...]."""
-        raise NotImplementedError
 
 
 class EncodedDataset(StepDataset):
