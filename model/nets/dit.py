@@ -1,12 +1,14 @@
 """DiT: a transformer over the patches of a noisy image, by time and class (arXiv 2212.09748).
 
 The same net serves diffusion (t counts steps, as the process was defined: 0..999) and flow matching
-(SiT, arXiv 2401.08740: t in [0, 1], as it is).
+(SiT, arXiv 2401.08740: t in [0, 1], as it is). With `frames` it takes videos: patches have frames,
+rows and columns, and nothing else changes (Latte, arXiv 2401.03048).
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import flax.linen as nn
 import jax
@@ -22,7 +24,7 @@ from ..layers.conditioning import (
     modulated_layer_norm,
     timestep_features,
 )
-from ..layers.patches import patchify, unpatchify
+from ..layers.patches import Patch, patch_pixels, patchify, unpatchify
 from ..layers.positions import sincos_positions
 from ..mixers.bidirectional import Bidirectional
 from ..mixers.full_attention import FullAttention
@@ -31,6 +33,7 @@ from . import mamba_lm
 
 EPSILON = 1e-6  # of the layer norms
 TIME_FEATURES = 256
+MIXINGS = ("full", "factorised")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,6 +44,12 @@ class DiTConfig:
         input_size: side of the (latent) image. in_channels: C.
         patch_size: p, which divides input_size.
         base_patch: the patch in whose units positions count; 0 means patch_size.
+        frames: F of a video; 0: the net takes images.
+        patch_frames: frames of a patch of a video, which divide `frames`.
+        base_patch_frames: as base_patch, along time; 0 means patch_frames.
+        mixing: which tokens of a video the mixer of a block sees: "full": all of them;
+            "factorised": in the first, third, .. block those of one frame, in the others those of
+            one place at all times (Latte's variant 1).
         d_model: residual width D. n_layer: blocks. n_head: heads of the attention.
         mlp_ratio: hidden width of the MLP in units of D.
         num_classes: K; class id K is the null class, for guidance.
@@ -54,6 +63,10 @@ class DiTConfig:
     input_size: int = 32
     patch_size: int = 2
     base_patch: int = 0
+    frames: int = 0
+    patch_frames: int = 1
+    base_patch_frames: int = 0
+    mixing: str = "full"
     in_channels: int = 4
     d_model: int = 1152
     n_layer: int = 28
@@ -85,22 +98,55 @@ class DiTConfig:
         return (1 + self.learn_sigma) * self.in_channels
 
     @property
-    def grid(self) -> tuple[int, int]:
-        """Tokens per column and row.
+    def shape(self) -> tuple[int, ...]:
+        """Of an input without its batch axis: (H, W, C), or (F, H, W, C)."""
+        time = (self.frames,) if self.frames else ()
+        return (*time, self.input_size, self.input_size, self.in_channels)
+
+    @property
+    def patch(self) -> Patch:
+        """patch_size p for images, (patch_frames, p, p) for videos."""
+        p = self.patch_size
+        return (self.patch_frames, p, p) if self.frames else p
+
+    def with_patch(self, patch: Patch) -> DiTConfig:
+        """The net of another patch, with positions counted as in this one.
 
         Raises:
-            ValueError: patch_size does not divide input_size.
+            ValueError: it is no patch of a square image, or of a video with square frames.
+        """
+        new = {"base_patch": self.base_patch or self.patch_size}
+        if not self.frames:
+            if not isinstance(patch, int):
+                raise ValueError(f"patch {patch}: that of an image is one number, its side")
+            return dataclasses.replace(self, patch_size=patch, **new)
+        if isinstance(patch, int) or len(patch) != 3 or patch[1] != patch[2]:
+            raise ValueError(f"patch {patch}: that of a video is (frames, side, side)")
+        new |= {"base_patch_frames": self.base_patch_frames or self.patch_frames}
+        return dataclasses.replace(self, patch_frames=patch[0], patch_size=patch[1], **new)
+
+    @property
+    def grid(self) -> tuple[int, ...]:
+        """Tokens along every axis: (h, w), or (f, h, w).
+
+        Raises:
+            ValueError: patch_size does not divide input_size, or patch_frames frames.
         """
         if self.patch_size < 1 or self.input_size % self.patch_size:
             raise ValueError(
                 f"patch_size={self.patch_size} does not divide input_size={self.input_size}"
             )
-        return (self.input_size // self.patch_size,) * 2
+        if self.frames and (self.patch_frames < 1 or self.frames % self.patch_frames):
+            raise ValueError(
+                f"patch_frames={self.patch_frames} does not divide frames={self.frames}"
+            )
+        time = (self.frames // self.patch_frames,) if self.frames else ()
+        return (*time, *(self.input_size // self.patch_size,) * 2)
 
     @property
     def tokens(self) -> int:
-        """T, tokens of an image."""
-        return self.grid[0] * self.grid[1]
+        """T, tokens of an image or a video."""
+        return math.prod(self.grid)
 
     @property
     def d_intermediate(self) -> int:
@@ -112,8 +158,12 @@ def make_mixer(config: DiTConfig, dtype=jnp.float32, **module):
     """The mixer of a config; `module` goes to the Flax module (name, parent).
 
     Raises:
-        ValueError: an unknown kind of mixer.
+        ValueError: an unknown kind of mixer, or of mixing.
     """
+    if config.mixing not in MIXINGS[: 1 + (config.frames > 0)]:
+        raise ValueError(
+            f"mixing={config.mixing!r}; choose full or, for videos (frames > 0), factorised"
+        )
     if config.mixer == "attention":
         return FullAttention(config.d_model, config.n_head, dtype, **module)
     if config.mixer not in ("mamba1", "mamba2"):
@@ -123,7 +173,9 @@ def make_mixer(config: DiTConfig, dtype=jnp.float32, **module):
 
 def position_table(config: DiTConfig):
     """The net's position table [T, D] float64 (numpy): a constant, not a parameter."""
-    scale = config.patch_size / (config.base_patch or config.patch_size)
+    side = config.patch_size / (config.base_patch or config.patch_size)
+    time = config.patch_frames / (config.base_patch_frames or config.patch_frames)
+    scale = (time, side, side) if config.frames else side
     return sincos_positions(config.d_model, config.grid, scale=scale)
 
 
@@ -215,16 +267,16 @@ class Block(nn.Module):
         """c [B, D] as it is, and the block's vectors [B, 6 D]. In scan form."""
         return c, constrain(self.modulation(c, flat=True), "batch", None)
 
-    def __call__(self, r: Array, vectors: Array):
-        """New residual stream [B, T, D] (and None), from vectors [B, 6 D]. In scan form."""
+    def __call__(self, r: Array, inputs):
+        """New residual stream [B, T, D] (and None), from the block's vectors [B, 6 D], or with
+        factorised mixing from them and the block's number. In scan form."""
+        vectors, number = inputs if self.config.mixing == "factorised" else (inputs, None)
         # Each is said to follow the rows: left to itself XLA's partitioner takes rows of other
         # devices for some of them on meshes of data, fsdp and tensor (jax 0.10 to 0.12).
         by_row = lambda v: constrain(v[:, None], "batch", None, None)
         vectors = jnp.split(vectors, 6, axis=-1)
         shift1, scale1, gate1, shift2, scale2, gate2 = (by_row(v) for v in vectors)
-        mixer = self.attn if self.config.mixer == "attention" else self.mixer
-
-        y, _ = mixer(modulated_layer_norm(r, shift1, scale1, EPSILON, self.dtype))
+        y = self._mix(modulated_layer_norm(r, shift1, scale1, EPSILON, self.dtype), number)
         self.sow("intermediates", "mixed", y)
         r = constrain(gated_add(r, gate1.astype(r.dtype), y), "batch", "seq", None)
         y = self.mlp(modulated_layer_norm(r, shift2, scale2, EPSILON, self.dtype))
@@ -232,6 +284,25 @@ class Block(nn.Module):
         r = constrain(gated_add(r, gate2.astype(r.dtype), y), "batch", "seq", None)
         self.sow("intermediates", "out", r)
         return r, None
+
+    def _mix(self, h: Array, number: Array | None) -> Array:
+        """The mixer's [B, T, D]; block `number` mixes within frames (even) or along time (odd)."""
+        mixer_of = lambda block: block.attn if self.config.mixer == "attention" else block.mixer
+        if number is None:
+            return mixer_of(self)(h)[0]
+        times = self.config.grid[0]
+        h = h.reshape(h.shape[0], times, -1, h.shape[-1])
+
+        def within(block, h):
+            rows = h.reshape(-1, *h.shape[2:])
+            return mixer_of(block)(rows)[0].reshape(h.shape)
+
+        def along(block, h):
+            return jnp.swapaxes(within(block, jnp.swapaxes(h, 1, 2)), 1, 2)
+
+        # A branch, for the loop over blocks has one body; parameters of both are the same.
+        y = nn.cond(number % 2 == 1, along, within, self, h)
+        return y.reshape(y.shape[0], -1, y.shape[-1])
 
 
 class Final(nn.Module):
@@ -291,7 +362,7 @@ class DiT(nn.Module):
             c.num_classes + (c.class_dropout > 0), c.d_model,
             embedding_init=nn.initializers.normal(0.02),
         )  # fmt: skip
-        self.final = Final(c.patch_size**2 * c.out_channels)
+        self.final = Final(patch_pixels(c.patch) * c.out_channels)
 
     def __call__(
         self, x: Array, t: Array, labels: Array, *, drop: Array | None = None
@@ -299,25 +370,27 @@ class DiT(nn.Module):
         """What the process asks for (noise, velocity, ..) at every pixel.
 
         Args:
-            x: [B, input_size, input_size, C] noisy images.
+            x: [B, input_size, input_size, C] noisy images, or [B, frames, ..] noisy videos.
             t: [B] int or float time, in the units the net is trained with.
             labels: [B] int32 class ids in 0..num_classes (the null class).
             drop: [B] bool: rows to take the null class, whatever their label. None: each row with
                 probability class_dropout if an rng "dropout" is given, else none.
 
         Returns:
-            [B, input_size, input_size, out_channels] float32, and {} (no auxiliary losses).
+            [B, .., out_channels] float32, the other sizes as those of x, and {} (no auxiliary
+            losses).
 
         Raises:
             ValueError: images of another shape, or `drop` for a net without a null class.
         """
         c, grid = self.config, self.config.grid
-        if x.shape[1:] != (c.input_size, c.input_size, c.in_channels):
+        if x.shape[1:] != c.shape:
+            frames = f"frames={c.frames}, " if c.frames else ""
             raise ValueError(
-                f"images of shape {x.shape[1:]}; the net has input_size={c.input_size} and "
-                f"in_channels={c.in_channels}"
+                f"{'videos' if c.frames else 'images'} of shape {x.shape[1:]}; the net has "
+                f"{frames}input_size={c.input_size} and in_channels={c.in_channels}"
             )
-        patches = patchify(x.astype(jnp.promote_types(x.dtype, jnp.float32)), c.patch_size)
+        patches = patchify(x.astype(jnp.promote_types(x.dtype, jnp.float32)), c.patch)
         r = self.x_embedder(patches)
         self.sow("intermediates", "patches", r)
         r = r + jnp.asarray(position_table(c), r.dtype)
@@ -325,11 +398,13 @@ class DiT(nn.Module):
         r = constrain(r, "batch", "seq", None)
         condition = constrain(self.condition(t, labels, drop=drop), "batch", None)
         _, vectors = self.blocks.conditioning(condition, None)
+        if c.mixing == "factorised":
+            vectors = vectors, jnp.arange(c.n_layer)
         r, _ = self.blocks(r, vectors)
         tokens = constrain(self.final(r, condition), "batch", "seq", None)
         self.sow("intermediates", "tokens", tokens)
-        out = unpatchify(tokens, c.patch_size, grid)
-        return constrain(out, "batch", None, None, None), {}
+        out = unpatchify(tokens, c.patch, grid)
+        return constrain(out, "batch", *(None,) * (out.ndim - 1)), {}
 
     def condition(self, t: Array, labels: Array, *, drop: Array | None = None) -> Array:
         """[B, D]: what time and class contribute; arguments as of the call."""
