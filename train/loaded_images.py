@@ -16,7 +16,7 @@ from ..model.sampling.classes import row_keys
 from .errors import UserError
 from .loaded import LoadedRun
 from .pictures import to_uint8
-from .schema import VideoData
+from .task_diffusion import pixels_of
 
 SHOWN = ("classes", "count", "columns", "files", "npz")  # of the files written, not of the drawing
 
@@ -32,7 +32,7 @@ class LoadedImages(LoadedRun, abc.ABC):
     @property
     def noun(self) -> str:
         """What it draws: "images" or "videos"."""
-        return "videos" if isinstance(self.config.data, VideoData) else "images"
+        return pixels_of(self.config.data)
 
     @property
     def decoder_print(self) -> str:

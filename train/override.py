@@ -213,7 +213,7 @@ def _parse_as(text: str, annotation: Any) -> Any:
     if origin is tuple and not any(dataclasses.is_dataclass(a) for a in args):
         if word[:1] + word[-1:] in ("()", "[]"):
             word = word[1:-1]
-        separator = "x" if _PATCH.fullmatch(word) else ","
+        separator = "x" if Ellipsis not in args and _PATCH.fullmatch(word) else ","
         items = [item for item in word.rstrip(", ").split(separator) if word.strip(", ")]
         if len(args) == 2 and args[1] is Ellipsis:
             args = (args[0],) * len(items)

@@ -26,6 +26,10 @@ class DiffusionTask(Task):
     metric = "loss"
 
     @property
+    def unit(self) -> str:
+        return pixels_of(self.run.data)
+
+    @property
     def dit(self) -> DiTConfig:
         """Sizes of images or videos, and classes."""
         return self.run.net
@@ -38,7 +42,7 @@ class DiffusionTask(Task):
     def abstract_batch(self):
         rows, data = self.run.batch_size, self.run.data
         shape = (rows, *self.dit.shape)
-        names = ("mean", "logvar") if isinstance(data, LatentData) else (_pixels(data),)
+        names = ("mean", "logvar") if isinstance(data, LatentData) else (pixels_of(data),)
         return {
             **{name: jax.ShapeDtypeStruct(shape, "float32") for name in names},
             "labels": jax.ShapeDtypeStruct((rows,), "int32"),
@@ -92,7 +96,7 @@ class DiffusionTask(Task):
     def _clean(self, batch, key: Array) -> Array:
         """Images, videos, or latents as the net sees them: scaled draws from their posterior."""
         if not isinstance(self.run.data, LatentData):
-            return batch[_pixels(self.run.data)]
+            return batch[pixels_of(self.run.data)]
         noise = jax.random.normal(key, batch["mean"].shape)
         drawn = sample_posterior(batch["mean"], batch["logvar"], noise)
         return self.run.data.scaling_factor * drawn
@@ -114,8 +118,8 @@ class DiffusionTask(Task):
             check_latents(self.run, net, data.shape, data.scaling_factor)
 
 
-def _pixels(data) -> str:
-    """What a batch of pixels is called."""
+def pixels_of(data) -> str:
+    """What pixels are of: the name of their array in a batch."""
     return "videos" if isinstance(data, VideoData) else "images"
 
 
