@@ -165,11 +165,11 @@ def test_modes_of_videos(variant):
     else:
         assert sorted(params["patch_size_embed"]) == ["p1x4x4", "p4x4x4"]
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **close), at_base, dit)
-    # A token of 4x4x4 is the mean of the eight of 2x2x2 that it covers.
+    # A token of 4x4x4 is that of the video shrunk to half of its frames, rows and columns.
     x = some_inputs(VIDEO)[0]
     own = mode_params(config, params, (4, 4, 4))["x_embedder"]["kernel"]
-    fine = patchify(x, (2, 2, 2)) @ dit["x_embedder"]["kernel"]
-    fine = fine.reshape(2, 2, 2, 2, 2, 2, -1).mean(axis=(1, 3, 5)).reshape(2, 4, -1)
+    shrunk = x.reshape(2, 2, 2, 4, 2, 4, 2, 3).mean(axis=(2, 4, 6))
+    fine = patchify(shrunk, (2, 2, 2)) @ dit["x_embedder"]["kernel"]
     np.testing.assert_allclose(patchify(x, (4, 4, 4)) @ own, fine, **close)
     out = compiled(DiT(mode_config(config, (1, 4, 4))))(
         mode_params(config, params, (1, 4, 4)), *some_inputs(VIDEO)
