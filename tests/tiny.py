@@ -27,7 +27,13 @@ from lintime.train.tasks import make_task
 NET = TransformerVQConfig(
     d_model=16, n_layer=1, d_k=8, d_v=16, n_code=8, block_len=4, mem_len=4, commit_weight=0.1
 )
-CLOCKS = ("tokens_per_s", "images_per_s", "step_time", "mfu")  # differ from run to run
+CLOCKS = (
+    "tokens_per_s",
+    "images_per_s",
+    "videos_per_s",
+    "step_time",
+    "mfu",
+)  # differ from run to run
 
 
 @contextlib.contextmanager

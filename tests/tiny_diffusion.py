@@ -22,6 +22,7 @@ from lintime.train.schema import (
     ImageData,
     LatentData,
     Run,
+    VideoData,
 )
 from tests.tiny_images import CLASSES, COMMON, SIZE
 
@@ -82,3 +83,21 @@ def stopped_after(step: int, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(loop, "put_batch", put_batch)
         yield
+
+
+def video_run(path, *overrides: str, flexible: bool = False, variant: str = "shared") -> Run:
+    """A DiT of videos, four frames of 8x8 in patches of 2x2x2, three updates; or a FlexiDiT that
+    takes patches of 1x4x4 and 4x4x4 as well."""
+    run = dit_run(path, flow=True)
+    net = dataclasses.replace(run.net, frames=4, patch_frames=2, mixing="factorised")
+    data = VideoData(path=str(path), size=SIZE, frames=4, validation_fraction=0.2)
+    run = dataclasses.replace(run, net=net, data=data, steps=3)
+    if flexible:
+        sizes = ((2, 2, 2), (1, 4, 4), (4, 4, 4))
+        parts = {
+            "net": FlexiDiTConfig(base=net, patch_sizes=sizes, variant=variant, rank=2),
+            "process": FlexibleFlow(distill=0.5),
+            "sample": FlexibleSample(**vars(run.sample)),
+        }
+        run = dataclasses.replace(run, **parts)
+    return apply_overrides(run, overrides)

@@ -24,7 +24,7 @@ def make_config(**changes) -> DiTConfig:
 
 def abstract_params(config: DiTConfig, dtype=jnp.float32):
     """Shapes of the parameters, computed without memory."""
-    x = jnp.zeros((1, config.input_size, config.input_size, config.in_channels))
+    x = jnp.zeros((1, *config.shape))
     one = jnp.zeros((1,), jnp.int32)
     init = DiT(config, dtype).init
     return jax.eval_shape(init, {"params": jax.random.key(0)}, x, one, one)["params"]
@@ -43,9 +43,9 @@ def random_params(config: DiTConfig, seed: int = 0):
 
 
 def some_inputs(config: DiTConfig, rows: int = 2, seed: int = 1):
-    """Images [rows, ..], times [rows] and labels [rows], the last one the null class."""
+    """Images or videos [rows, ..], times [rows] and labels [rows], the last one the null class."""
     rng = np.random.default_rng(seed)
-    shape = (rows, config.input_size, config.input_size, config.in_channels)
+    shape = (rows, *config.shape)
     labels = rng.integers(0, config.num_classes, rows)
     if config.class_dropout:
         labels[-1] = config.num_classes

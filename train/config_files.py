@@ -11,6 +11,7 @@ import os
 import re
 import sys
 import traceback
+import types
 import typing
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ CHANGEABLE = ("steps", "mesh", "log", "eval", "checkpoint", "sample")
 CHANGEABLE += ("data.workers", "data.cache", "data.images.workers")  # batches do not depend on them
 
 FIRST_KINDS = {"data": "text", "sample": "text"}  # before there were others
+_UNIONS = (typing.Union, types.UnionType)
 KINDS = {"net": NETS, "process": PROCESSES, "data": DATA, "sample": SAMPLES}
 
 
@@ -192,6 +194,9 @@ def _to_json(value: Any) -> Any:
 
 
 def _from_json(data: Any, annotation: Any, path: str) -> Any:
+    if typing.get_origin(annotation) in _UNIONS and isinstance(data, list):
+        options = [a for a in typing.get_args(annotation) if typing.get_origin(a) is tuple]
+        annotation = options[0] if options else annotation
     if typing.get_origin(annotation) is tuple and isinstance(data, list):
         args = typing.get_args(annotation)
         each = [args[0]] * len(data) if args[-1] is Ellipsis else args

@@ -23,7 +23,16 @@ from .loaded_flexible import mode_costs
 from .loop import Result
 from .mesh import check_batch, make_mesh
 from .override import apply_overrides, diff
-from .schema import CodeData, Data, FlexibleSample, ImageData, LatentData, Run, Sample
+from .schema import (
+    CodeData,
+    Data,
+    FlexibleSample,
+    ImageData,
+    LatentData,
+    Run,
+    Sample,
+    VideoData,
+)
 from .stages import resolve, stages_of
 from .state import TrainState
 from .tasks import make_task
@@ -86,9 +95,10 @@ def finish(run: Run, result: Result, words: Sequence[str]) -> None:
         ]
     else:
         made_here = isinstance(run.data, CodeData | LatentData) and not run.data.path
-        mine = _without_run(words)
+        mine, videos = _without_run(words), isinstance(run.data, VideoData)
         for field in _image_paths(run, "data.images.path" if made_here else "data.path"):
             kind = "FOLDER_OF_CLASS_FOLDERS" if made_here else "FOLDER"
+            kind = "FILE.npz" if videos else kind
             mine = _with(mine, f"{field}={kind}")
         mine += ["--run", "runs/mine"]
         again = "" if isinstance(run.net, VQTokenizerConfig) else " --seed 1"
@@ -97,7 +107,7 @@ def finish(run: Run, result: Result, words: Sequence[str]) -> None:
             f"  sample           {lintime} sample --run {here}{again}{with_tokenizer}",
             *_budget_line(run, f"{lintime} sample --run {here}"),
             f"  evaluate         {lintime} eval --run {here}",
-            f"  your own images  {shlex.join(mine)}",
+            f"  your own {'videos' if videos else 'images'}  {shlex.join(mine)}",
         ]
     lines.append(f"  resume           {command}   (after an interruption: the same command)")
     print("\nnext:\n" + "\n".join(lines))

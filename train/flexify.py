@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from ..model.layers.patches import Patch, patch_name
 from ..model.nets.dit import DiT, DiTConfig
 from ..model.nets.flexidit import FlexiDiTConfig, flexify, mode_flops
 from ..model.processes.flexible import FlexibleDiffusion, FlexibleFlow
@@ -45,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--patch-sizes", metavar="P,P,..", required=True,
-        help="all patch sizes the net shall take, its own included",
+        help="all patch sizes the net shall take, its own included; of videos 1x2x2,2x4x4",
     )  # fmt: skip
     parser.add_argument(
         "--variant", choices=["shared", "lora"], default="shared",
@@ -68,15 +69,15 @@ def run_command(arguments: argparse.Namespace) -> None:
         overrides=arguments.overrides,
     )  # fmt: skip
     net, out = run.net, arguments.out
-    print(f"{out} holds the FlexiDiT; patch size {net.powerful} is the DiT as it was.")
+    print(f"{out} holds the FlexiDiT; patch size {patch_name(net.powerful)} is the DiT as it was.")
     if net.base.mixer == "attention":
         costs = mode_flops(net)
         for patch, cost in costs.items():
             print(
-                f"  patch size {patch}: {cost / 1e9:.4g} Gmacs per image and step, "
+                f"  patch size {patch_name(patch)}: {cost / 1e9:.4g} Gmacs per image and step, "
                 f"{cost / costs[net.powerful]:.1%}"
             )
-    others = ", ".join(map(str, net.others))
+    others = ", ".join(map(patch_name, net.others))
     if others:
         print(
             f"Patch size {others} has learned nothing yet. Fine-tune, then draw at a budget:\n"
@@ -85,17 +86,19 @@ def run_command(arguments: argparse.Namespace) -> None:
         )
 
 
-def parse_sizes(text: str) -> tuple[int, ...]:
-    """Patch sizes from "2,4".
+def parse_sizes(text: str) -> tuple[Patch, ...]:
+    """Patch sizes from "2,4", or "1x2x2,2x4x4" for videos.
 
     Raises:
         UserError: not whole numbers.
     """
     try:
-        return tuple(int(part) for part in text.split(","))
+        sides = [tuple(map(int, part.split("x"))) for part in text.split(",")]
+        return tuple(side[0] if len(side) == 1 else side for side in sides)
     except ValueError:
         raise UserError(
-            f"--patch-sizes {text}: give whole numbers separated by commas, e.g. 2,4"
+            f"--patch-sizes {text}: give whole numbers separated by commas, e.g. 2,4, or "
+            "1x2x2,2x4x4 for videos"
         ) from None
 
 
@@ -103,7 +106,7 @@ def flexify_run(
     source: str | Path,
     out: str | Path,
     *,
-    patch_sizes: Sequence[int],
+    patch_sizes: Sequence[Patch],
     variant: str = "shared",
     layout: str | None = None,
     seed: int = 0,
@@ -178,7 +181,7 @@ def _trained_dit(
         run = read_config(source / "config.json")
         _check_kind(run, source)
         net = run.net
-        shape = (1, net.input_size, net.input_size, net.in_channels)
+        shape = (1, *net.shape)
         one = jax.ShapeDtypeStruct((1,), "int32")
         image = jax.ShapeDtypeStruct(shape, "float32")
         init = lambda *inputs: DiT(net).init(jax.random.key(0), *inputs)["params"]
@@ -198,7 +201,7 @@ def _check_kind(run: Run, source: Path) -> None:
     if isinstance(run.net, FlexiDiTConfig):
         raise UserError(
             f"{source} is flexible already, with patch sizes "
-            f"{', '.join(map(str, run.net.patch_sizes))}; name the DiT it was made of"
+            f"{', '.join(map(patch_name, run.net.patch_sizes))}; name the DiT it was made of"
         )
     if not isinstance(run.net, DiTConfig):
         raise UserError(f"{source} is no DiT; flexify takes a run or a checkpoint of one")

@@ -102,13 +102,13 @@ def make_sampler(net, *, process, steps: int, **options) -> Callable:
 
 
 def jit_sampler(denoise, dit: DiTConfig, process, segments, **options) -> Callable:
-    """The jitted sampler of a denoiser of images as `dit` has them."""
+    """The jitted sampler of a denoiser of images or videos as `dit` has them."""
     return jax.jit(
         make_diffusion_sampler(
             denoise,
             process,
             segments=segments,
-            shape=(dit.input_size, dit.input_size, dit.in_channels),
+            shape=dit.shape,
             null_label=dit.num_classes if dit.class_dropout else None,
             **options,
         )  # fmt: skip

@@ -106,7 +106,7 @@ def mode_costs(config: FlexiDiTConfig) -> dict[int, float]:
 
     def counted(patch):
         dit = mode_config(config, patch)
-        x = jax.ShapeDtypeStruct((1, dit.input_size, dit.input_size, dit.in_channels), "float32")
+        x = jax.ShapeDtypeStruct((1, *dit.shape), "float32")
         one = jax.ShapeDtypeStruct((1,), "int32")
         net = DiT(dit)
         variables = jax.eval_shape(net.init, jax.random.key(0), x, one, one)

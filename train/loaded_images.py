@@ -16,6 +16,7 @@ from ..model.sampling.classes import row_keys
 from .errors import UserError
 from .loaded import LoadedRun
 from .pictures import to_uint8
+from .task_diffusion import pixels_of
 
 SHOWN = ("classes", "count", "columns", "files", "npz")  # of the files written, not of the drawing
 
@@ -29,14 +30,19 @@ class LoadedImages(LoadedRun, abc.ABC):
         """Classes are 0 .. num_classes - 1."""
 
     @property
+    def noun(self) -> str:
+        """What it draws: "images" or "videos"."""
+        return pixels_of(self.config.data)
+
+    @property
     def decoder_print(self) -> str:
         """Fingerprint of what turns codes or latents into pixels; "" where pixels are drawn."""
         return ""
 
     @abc.abstractmethod
     def drawer(self, settings: Any) -> Callable[[Array, Array], Any]:
-        """draw(keys [B], labels [B]) -> images [B, H, W, 3] in [-1, 1], with settings like
-        `config.sample`."""
+        """draw(keys [B], labels [B]) -> images [B, H, W, 3] or videos [B, F, H, W, 3] in
+        [-1, 1], with settings like `config.sample`."""
 
     def settings(self, sample: Any) -> dict[str, Any]:
         """Of `sample`, the settings that say how images are drawn."""
@@ -54,7 +60,7 @@ class LoadedImages(LoadedRun, abc.ABC):
             settings: how to draw, fields of the run's `sample`, which are used unless given.
 
         Returns:
-            [n, H, W, 3] uint8.
+            [n, H, W, 3] uint8; [n, F, H, W, 3] where the model draws videos.
 
         Raises:
             UserError: no class, one out of range, or what turns codes or latents into pixels is not

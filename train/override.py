@@ -17,6 +17,7 @@ from .schema import Run
 
 _BOOLS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 _INT = re.compile(r"[+-]?\d+(_\d+)*")
+_PATCH = re.compile(r"\d+(x\d+)+")  # a tuple within a tuple: 1x2x2,2x4x4
 _EXPONENT_INT = re.compile(r"[+-]?\d+(\.\d+)?[eE]\+?\d{1,2}")
 
 
@@ -24,8 +25,8 @@ def apply_overrides(run: Run, overrides: Sequence[str]) -> Run:
     """Returns `run` with every `path=value` of `overrides` applied, in order.
 
     Values are parsed by the field's annotation: int (`1000`, `10_000`, `1e4`), float, bool
-    (true/false, yes/no, 1/0), str (taken as it is), tuples (`1,2,3`), optional values (`none`). A
-    stage is named by its number (`stages.0.steps=100`).
+    (true/false, yes/no, 1/0), str (taken as it is), tuples (`1,2,3`; within another one `1x2x3`),
+    optional values (`none`). A stage is named by its number (`stages.0.steps=100`).
 
     Raises:
         UserError: a missing "=", an unknown field, a whole group of fields, or a value of another
@@ -212,7 +213,8 @@ def _parse_as(text: str, annotation: Any) -> Any:
     if origin is tuple and not any(dataclasses.is_dataclass(a) for a in args):
         if word[:1] + word[-1:] in ("()", "[]"):
             word = word[1:-1]
-        items = [item for item in word.rstrip(", ").split(",") if word.strip(", ")]
+        separator = "x" if Ellipsis not in args and _PATCH.fullmatch(word) else ","
+        items = [item for item in word.rstrip(", ").split(separator) if word.strip(", ")]
         if len(args) == 2 and args[1] is Ellipsis:
             args = (args[0],) * len(items)
         if len(items) != len(args):

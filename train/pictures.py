@@ -1,9 +1,10 @@
-"""Pictures a person looks at: grids of images as PNG files."""
+"""What a person looks at: grids of images as PNG files, of videos as animated GIFs."""
 
 from __future__ import annotations
 
 import io
 import math
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,6 +14,8 @@ import numpy as np
 from PIL import Image
 
 from .files import write_atomic
+
+FPS = 8  # of animations
 
 
 def to_uint8(images: np.ndarray | jax.Array) -> np.ndarray:
@@ -71,5 +74,55 @@ def save_png(image: np.ndarray, path: str | Path) -> Path:
 
 
 def save_each(images: np.ndarray, folder: Path, names: Sequence[str]) -> list[Path]:
-    """One PNG per image."""
-    return [save_png(image, folder / f"{name}.png") for image, name in zip(images, names)]
+    """One PNG per image, one GIF per video."""
+    return [save_picture(image, folder / name) for image, name in zip(images, names)]
+
+
+def picture_grid(images: np.ndarray, columns: int = 0) -> np.ndarray:
+    """`image_grid`, of videos [N, F, H, W, 3] frame by frame: [F, ..., 3] uint8."""
+    if images.ndim == 4:
+        return image_grid(images, columns)
+    return np.stack([image_grid(frame, columns) for frame in np.moveaxis(images, 1, 0)])
+
+
+def save_picture(picture: np.ndarray, stem: str | Path) -> Path:
+    """Writes [H, W, 3] as stem.png, or the frames [F, H, W, 3] of a video as stem.gif.
+
+    Raises:
+        UserError: as `save_png`.
+    """
+    path = Path(f"{stem}.gif" if picture.ndim == 4 else f"{stem}.png")
+    if picture.ndim == 3:
+        return save_png(picture, path)
+    first, *rest = map(Image.fromarray, picture)
+    buffer = io.BytesIO()
+    first.save(
+        buffer, format="GIF", save_all=True, append_images=rest, duration=1000 // FPS, loop=0
+    )
+    write_atomic(path, buffer.getvalue())
+    return path
+
+
+def save_mp4(frames: np.ndarray, stem: str | Path) -> Path | None:
+    """Writes the frames [F, H, W, 3] uint8 of a video as stem.mp4; None, and nothing is written,
+    where the package imageio-ffmpeg, which carries an encoder, is not installed.
+
+    Raises:
+        UserError: as `save_png`.
+    """
+    try:
+        import imageio_ffmpeg
+    except ImportError:
+        return None
+    even = np.pad(frames, [(0, 0), (0, -frames.shape[1] % 2), (0, -frames.shape[2] % 2), (0, 0)])
+    with tempfile.TemporaryDirectory() as folder:
+        made = Path(folder) / "video.mp4"
+        writer = imageio_ffmpeg.write_frames(
+            str(made), even.shape[2:0:-1], fps=FPS, macro_block_size=2
+        )
+        writer.send(None)  # it is a generator that waits for frames
+        for frame in even:
+            writer.send(np.ascontiguousarray(frame))
+        writer.close()
+        write_atomic(Path(f"{stem}.mp4"), made.read_bytes())
+    return Path(f"{stem}.mp4")

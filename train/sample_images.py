@@ -1,4 +1,4 @@
-"""`lintime sample` for image models: grids and single files."""
+"""`lintime sample` for models of images and videos: grids and single files."""
 
 from __future__ import annotations
 
@@ -18,7 +18,15 @@ from .data.open import open_split
 from .evaluate.reference import write_samples_npz
 from .files import write_atomic
 from .loaded_images import LoadedImages
-from .pictures import image_grid, save_each, save_png, to_uint8
+from .pictures import (
+    image_grid,
+    picture_grid,
+    save_each,
+    save_mp4,
+    save_picture,
+    save_png,
+    to_uint8,
+)
 from .schema import ImageSample
 from .tokenizer import LoadedTokenizer
 
@@ -78,7 +86,9 @@ def _stem(folder: Path, stem: str, settings: dict[str, Any]) -> str:
     files again and another one never writes over them.
     """
     text, number, name = json.dumps(settings, indent=2) + "\n", 1, stem
-    while (beside := folder / f"{name}.json").exists() or (folder / f"{name}.png").exists():
+    while (beside := folder / f"{name}.json").exists() or any(
+        (folder / f"{name}.{kind}").exists() for kind in ("png", "gif")
+    ):
         if beside.exists() and beside.read_text() == text:
             return name
         number += 1
@@ -90,7 +100,8 @@ def _stem(folder: Path, stem: str, settings: dict[str, Any]) -> str:
 def sample_classes(
     loaded: LoadedImages, sample: ImageSample, *, seed: int = 0, out: TextIO | None = None
 ) -> list[Path]:
-    """Draw images by class and write samples/*.png: a grid, and single files if asked for.
+    """Draw images by class and write samples/*.png: a grid, and single files if asked for. Videos
+    become animated .gif files, and their grid also an .mp4 where imageio-ffmpeg is installed.
 
     Args:
         loaded: the run. sample: what to draw. seed: of the draws. out: where paths are printed.
@@ -109,7 +120,11 @@ def sample_classes(
         """Pieces as they are drawn; single files are written at once, the first are kept."""
         done = 0
         with tqdm.tqdm(
-            total=len(classes), unit="images", desc="sampling", disable=not out.isatty(), file=out
+            total=len(classes),
+            unit=loaded.noun,
+            desc="sampling",
+            disable=not out.isatty(),
+            file=out,
         ) as bar:
             for piece in loaded.stream(classes, seed=seed, **settings):
                 if sample.files:
@@ -126,17 +141,28 @@ def sample_classes(
         write_samples_npz(paths[0], drawn(), np.asarray(classes), count=len(classes))
     else:
         collections.deque(drawn(), maxlen=0)
-    paths.insert(
-        0, save_png(image_grid(np.concatenate(kept), sample.columns), folder / f"{stem}.png")
-    )
-    out.write(f"{len(classes)} images: {paths[0]}\n")
+    grid = picture_grid(np.concatenate(kept), sample.columns)
+    paths.insert(0, save_picture(grid, folder / stem))
+    kind = paths[0].suffix
+    out.write(f"{len(classes)} {loaded.noun}: {paths[0]}\n")
     for path in paths[1:]:
         out.write(f"as arrays: {path}\n")
+    paths += write_mp4(grid, folder / stem, out)
     if sample.files:
-        out.write(f"one by one: {folder}/{stem}-*.png\n")
-        paths += [folder / f"{name}.png" for name in names]
+        out.write(f"one by one: {folder}/{stem}-*{kind}\n")
+        paths += [folder / f"{name}{kind}" for name in names]
     out.flush()
     return paths
+
+
+def write_mp4(grid: np.ndarray, stem: Path, out: TextIO) -> list[Path]:
+    """A grid of videos [F, H, W, 3] as an .mp4 file too, or one line that says why not; nothing for
+    images."""
+    if grid.ndim == 3:
+        return []
+    path = save_mp4(grid, stem)
+    out.write(f"as MP4: {path}\n" if path else "no MP4: install imageio-ffmpeg to have one\n")
+    return [path] if path else []
 
 
 def sample_reconstructions(

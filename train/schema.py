@@ -152,6 +152,31 @@ class LatentData:
 
 
 @dataclass
+class VideoData:
+    """Labelled videos of square frames, values in [-1, 1].
+
+    Attributes:
+        path: .npz or .npy files (or a folder or glob of them) of uint8 videos [N, F, H, W, 3]
+            (labels as for images), or ``builtin:moving_digits``: scikit-learn's digits, half a
+            frame wide, that move and bounce. Of several files those named after a split (val, test)
+            are that split.
+        size: side of a frame: its shorter side is resized to it, then its centre is cut out.
+        frames: F of a clip, which is cut out of a longer video: at random in training, from the
+            middle in validation.
+        stride: every how many frames of the video a clip takes one.
+        validation_fraction, shuffle, workers: as for images.
+    """
+
+    path: str = "builtin:moving_digits"
+    size: int = 16
+    frames: int = 8
+    stride: int = 1
+    validation_fraction: float = 0.05
+    shuffle: bool = True
+    workers: int = 0
+
+
+@dataclass
 class Optim:
     """Optimiser and schedule.
 
@@ -296,7 +321,7 @@ class ImageSample:
 
 @dataclass
 class DiffusionSample:
-    """Sampling of images by class with a diffusion or flow-matching model.
+    """Sampling of images or videos by class with a diffusion or flow-matching model.
 
     Attributes:
         classes, count, rows, columns, files, npz: as for `ImageSample`.
@@ -335,14 +360,14 @@ class FlexibleSample(DiffusionSample):
     Attributes:
         budgets: shares of the FLOPs of the base's patch size throughout; the first steps are weak,
             as many as that takes. Several draw the same images once for each, for comparison.
-        weak: patch size of the weak steps; 0 = the largest.
+        weak: patch size of the weak steps, such as 4, or 2x4x4 for videos; 0 = the largest.
         guide: "cfg", "weak_uncond" or "weak_cond": which prediction guides steps of the base's
             patch size, see `lintime.model.sampling.budget.with_guidance`.
         weak_guidance: guidance strength of weak steps; 0 = `guidance`.
     """
 
     budgets: tuple[float, ...] = (1.0,)
-    weak: int = 0
+    weak: int | tuple[int, int, int] = 0
     guide: str = "cfg"
     weak_guidance: float = 0.0
 
@@ -395,7 +420,13 @@ PROCESSES = {
     "flexible_diffusion": FlexibleDiffusion,
     "flexible_flow": FlexibleFlow,
 }
-DATA = {"text": Data, "images": ImageData, "codes": CodeData, "latents": LatentData}
+DATA = {
+    "text": Data,
+    "images": ImageData,
+    "videos": VideoData,
+    "codes": CodeData,
+    "latents": LatentData,
+}
 SAMPLES = {
     "text": Sample,
     "images": ImageSample,

@@ -28,7 +28,7 @@ class Task(abc.ABC):
     Attributes:
         run: the config.
         metric: name of the system's own metric, shown beside the loss.
-        unit: what speed is counted in: "tokens" or "images".
+        unit: what speed is counted in: "tokens", "images" or "videos".
         mode: which of `modes` the functions of arrays compute in.
         optional: top-level parts of `params` and `stats` that a checkpoint named by `init_from` may
             lack; they start new.

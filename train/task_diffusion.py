@@ -11,12 +11,12 @@ from ..model.nets.dit import DiT, DiTConfig
 from ..model.processes import flow, gaussian
 from ..model.processes.flow import FlowMatching
 from .errors import UserError
-from .schema import LatentData, Run
+from .schema import LatentData, Run, VideoData
 from .task import Task
 
 
 class DiffusionTask(Task):
-    """The loss of `run.process` at random times, over images or latents.
+    """The loss of `run.process` at random times, over images, videos or latents.
 
     Class dropout acts in training only. Validation visits, for image i of a batch of B, the times
     (i + u) / B of the process with a fixed u and fixed noise, so that its loss has little noise of
@@ -26,8 +26,12 @@ class DiffusionTask(Task):
     metric = "loss"
 
     @property
+    def unit(self) -> str:
+        return pixels_of(self.run.data)
+
+    @property
     def dit(self) -> DiTConfig:
-        """Sizes of images and classes."""
+        """Sizes of images or videos, and classes."""
         return self.run.net
 
     @property
@@ -36,9 +40,9 @@ class DiffusionTask(Task):
         return DiT(self.dit, self.dtype, precision.remat, precision.unroll)
 
     def abstract_batch(self):
-        rows, net = self.run.batch_size, self.dit
-        shape = (rows, net.input_size, net.input_size, net.in_channels)
-        names = ("mean", "logvar") if isinstance(self.run.data, LatentData) else ("images",)
+        rows, data = self.run.batch_size, self.run.data
+        shape = (rows, *self.dit.shape)
+        names = ("mean", "logvar") if isinstance(data, LatentData) else (pixels_of(data),)
         return {
             **{name: jax.ShapeDtypeStruct(shape, "float32") for name in names},
             "labels": jax.ShapeDtypeStruct((rows,), "int32"),
@@ -46,8 +50,7 @@ class DiffusionTask(Task):
         }
 
     def init(self, key):
-        net = self.dit
-        x = jnp.zeros((1, net.input_size, net.input_size, net.in_channels))
+        x = jnp.zeros((1, *self.dit.shape))
         variables = self.net.init({"params": key}, x, jnp.zeros((1,)), jnp.zeros((1,), jnp.int32))
         return {"params": variables["params"], "stats": {}}
 
@@ -91,9 +94,9 @@ class DiffusionTask(Task):
         return flow if isinstance(self.run.process, FlowMatching) else gaussian
 
     def _clean(self, batch, key: Array) -> Array:
-        """Images, or latents as the net sees them: scaled draws from their posterior."""
-        if "images" in batch:
-            return batch["images"]
+        """Images, videos, or latents as the net sees them: scaled draws from their posterior."""
+        if not isinstance(self.run.data, LatentData):
+            return batch[pixels_of(self.run.data)]
         noise = jax.random.normal(key, batch["mean"].shape)
         drawn = sample_posterior(batch["mean"], batch["logvar"], noise)
         return self.run.data.scaling_factor * drawn
@@ -113,6 +116,11 @@ class DiffusionTask(Task):
             )
         if isinstance(self.run.data, LatentData):
             check_latents(self.run, net, data.shape, data.scaling_factor)
+
+
+def pixels_of(data) -> str:
+    """What pixels are of: the name of their array in a batch."""
+    return "videos" if isinstance(data, VideoData) else "images"
 
 
 def field_of_dit(run: Run) -> str:

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from ..model.layers.patches import patch_name, patch_sides
 from ..model.nets.dit import DiT, DiTConfig
 from ..model.nets.flexidit import flexify, init_params, mode_config, mode_params
 from ..model.partition import parameter_shardings
@@ -46,8 +47,11 @@ class FlexibleTask(DiffusionTask):
 
     def loss(self, params, stats, carry, batch, key):
         *out, metrics = super().loss(params, stats, carry, batch, key)
-        mode = jnp.float32(self.mode or self.run.net.powerful)
-        return *out, metrics | {"mean": metrics["mean"] | {"patch_size": mode}}
+        *frames, _, side = patch_sides(self.mode or self.run.net.powerful)
+        mode = {"patch_size": jnp.float32(side)}
+        if frames:
+            mode["patch_frames"] = jnp.float32(frames[0])
+        return *out, metrics | {"mean": metrics["mean"] | mode}
 
     def start_from(self, path, wanted):
         """A FlexiDiT's weights, or those of the DiT that is to become flexible."""
@@ -104,7 +108,7 @@ class FlexibleTask(DiffusionTask):
             patch: FlexibleTask(run, patch)._losses(params, stats, x, labels, t, noise, {})[0]
             for patch in sorted(self.run.net.patch_sizes)
         }
-        out = {f"loss_p{patch}": value for patch, value in losses.items()}
+        out = {f"loss_p{patch_name(patch)}": value for patch, value in losses.items()}
         return out | {"loss": sum(share * losses[p] for p, share in self.modes.items())}
 
 

@@ -36,13 +36,14 @@ from .schema import (
     LatentData,
     Run,
     Sample,
+    VideoData,
 )
 from .task_tokenizer import check_perceptual
 
 _TEXT = {"data": Data, "process": Autoregressive, "sample": Sample}
 _IMAGES = {"sample": ImageSample}
 _DIFFUSION = {
-    "data": (ImageData, LatentData),
+    "data": (ImageData, LatentData, VideoData),
     "process": (GaussianDiffusion, FlowMatching),
     "sample": DiffusionSample,
 }
@@ -68,6 +69,7 @@ _CHOICES = {
     "net.reduction": ("serial", "associative", "matmul"),
     "net.scale_on": ("logits", "features"),
     "net.mixer": ("mamba2", "mamba1", "attention"),
+    "net.mixing": dit.MIXINGS,
     "net.conditioning": ("adaln", "adaln_single", "adaln_group"),
     "process.reconstruction_loss": ("l2", "l1"),
     "process.disc_loss": ("hinge", "vanilla"),
@@ -92,6 +94,7 @@ _RANGES = (
         "net.num_classes net.num_tokens net.num_groups net.ch net.num_res_blocks net.z_channels "
         "net.codebook_size net.codebook_dim net.input_size net.patch_size net.in_channels "
         "net.n_head sample.steps process.timesteps data.size data.images.size "
+        "net.patch_frames data.frames data.stride "
         "process.disc_features process.disc_layers net.rank",
     ),
     (
@@ -106,7 +109,7 @@ _RANGES = (
         "process.commitment_weight process.entropy_weight sample.count sample.columns "
         "eval.samples sample.eta sample.guidance_channels net.base_patch data.resize_max "
         "data.images.workers sample.weak sample.weak_guidance process.denoise process.distill "
-        "process.distill_variance net.underlying",
+        "process.distill_variance net.underlying net.frames net.base_patch_frames",
     ),
     (
         "in [0, 1)",
@@ -149,7 +152,8 @@ def validate(run: Run) -> None:
                 )
     for allowed, test, paths in _RANGES:
         for path in itertools.chain.from_iterable(map(_places, paths.split())):
-            if path in values and not test(values[path]):
+            value = values.get(path, ())
+            if not all(map(test, value if isinstance(value, tuple) else (value,))):
                 raise UserError(f"{path}={values[path]} is out of range; it must be {allowed}")
     for part, kinds in KINDS.items():
         if type(getattr(run, part)) not in kinds.values():
@@ -216,6 +220,13 @@ def _check_diffusion(run: Run) -> None:
     flexible = isinstance(run.net, FlexiDiTConfig)
     net, at = (run.net.base, "net.base") if flexible else (run.net, "net")
     _divides(f"{at}.input_size", net.input_size, f"{at}.patch_size", net.patch_size)
+    if net.frames:
+        _divides(f"{at}.frames", net.frames, f"{at}.patch_frames", net.patch_frames)
+    elif net.patch_frames != 1 or net.base_patch_frames:
+        raise UserError(
+            f"{at}.patch_frames={net.patch_frames} {at}.base_patch_frames={net.base_patch_frames} "
+            f"would be ignored: the net takes images; set {at}.frames, or leave them out"
+        )
     _divides(f"{at}.d_model", net.d_model, f"{at}.n_head", net.n_head)
     if net.d_model % 4:
         raise UserError(
@@ -237,12 +248,33 @@ def _check_diffusion(run: Run) -> None:
                 f"process.variance={run.process.variance} and {at}.learn_sigma={net.learn_sigma} "
                 f"do not go together; set {at}.learn_sigma={str(not net.learn_sigma).lower()}"
             )
+    _check_frames(run, net, at)
     if isinstance(run.data, ImageData) and (run.data.size, 3) != (net.input_size, net.in_channels):
         raise UserError(
             f"images have data.size={run.data.size} pixels and 3 channels, the net takes "
             f"{net.input_size} and {net.in_channels}; set {at}.input_size={run.data.size} "
             f"{at}.in_channels=3"
         )
+
+
+def _check_frames(run: Run, net: DiTConfig, at: str) -> None:
+    """Whether net, data and samples agree about videos."""
+    data, videos = run.data, isinstance(run.data, VideoData)
+    if videos and net.shape != (data.frames, data.size, data.size, 3):
+        raise UserError(
+            f"videos have data.frames={data.frames} frames of data.size={data.size} pixels and 3 "
+            f"channels, the net takes {net.frames or 'no'} frames, {net.input_size} and "
+            f"{net.in_channels}; set {at}.frames={data.frames} {at}.input_size={data.size} "
+            f"{at}.in_channels=3"
+        )
+    if net.frames and not videos:
+        raise UserError(
+            f"{at}.frames={net.frames}: the net takes videos, data={type(data).__name__}(...) are "
+            f"none; set {at}.frames=0, or give data=VideoData(...)"
+        )
+    for name, value in (("sample.npz", run.sample.npz), ("eval.samples", run.eval.samples)):
+        if videos and value:
+            raise UserError(f"{name}={value} is about images, this run draws videos; leave it out")
 
 
 def _check_guidance(run: Run, net: DiTConfig, at: str) -> None:

@@ -77,7 +77,7 @@ def dit_from_reference(flat: Mapping[str, Any], config: DiTConfig) -> dict[str, 
     Raises:
         ValueError: names missing or unknown, arrays of another size, or another position table.
     """
-    _check_mixer(config)
+    _check_net(config)
     flat = dict(flat)
     if POSITIONS in flat:
         check_positions(flat.pop(POSITIONS), config)
@@ -106,9 +106,9 @@ def dit_to_reference(params: Mapping[str, Any], config: DiTConfig) -> dict[str, 
     """Published names and layouts, `pos_embed` included; inverse of `dit_from_reference`.
 
     Raises:
-        ValueError: the layout has no such mixer, or no context.
+        ValueError: the layout has no such mixer, no context or no videos.
     """
-    _check_mixer(config)
+    _check_net(config)
     params, p = flatten(params), config.patch_size
     kernel = params["x_embedder/kernel"].reshape(p, p, config.in_channels, config.d_model)
     flat = {
@@ -125,11 +125,13 @@ def dit_to_reference(params: Mapping[str, Any], config: DiTConfig) -> dict[str, 
     return flat
 
 
-def _check_mixer(config: DiTConfig) -> None:
+def _check_net(config: DiTConfig) -> None:
     if config.mixer != "attention":
         raise ValueError(f"net.mixer={config.mixer}, but the DiT layout knows attention only")
     if config.context != "none":
         raise ValueError(f"net.context={config.context}, but the DiT layout knows no context")
+    if config.frames:
+        raise ValueError(f"net.frames={config.frames}, but the DiT layout is of images")
 
 
 def check_positions(given: Any, config: DiTConfig) -> None:
@@ -254,7 +256,7 @@ def dit_fields(config: DiTConfig) -> dict[str, Any]:
     """The arguments of the published class; inverse of `dit_config_from_fields`.
 
     Raises:
-        ValueError: the layout has no such mixer, or no context.
+        ValueError: the layout has no such mixer, no context or no videos.
     """
-    _check_mixer(config)
+    _check_net(config)
     return {theirs: getattr(config, ours) for ours, theirs in FIELDS.items()}

@@ -9,7 +9,6 @@ any number of axes: (rows, columns) of an image, (frames, rows, columns) of a vi
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Sequence
 
 import jax.numpy as jnp
@@ -17,7 +16,6 @@ import numpy as np
 from jax import Array, lax
 
 METHODS = ("area", "bilinear")
-Patch = tuple[int, ...]
 
 
 def resize_1d(old: int, new: int, method: str = "area") -> np.ndarray:
@@ -140,44 +138,3 @@ def _over_pixels(matrix: np.ndarray, kernel, *, rows: bool):
     matrix = jnp.asarray(matrix, kernel.dtype)
     mapped = jnp.einsum(pattern, matrix, kernel.reshape(split), precision=lax.Precision.HIGHEST)
     return mapped.reshape(shape)
-
-
-def to_patches(x: Array, patch: Sequence[int]) -> Array:
-    """[B, *sizes, C] -> [B, T, prod(patch) C] for any number of axes, e.g. video [B, F, H, W, C].
-
-    Tokens are numbered with the last axis fastest (frame, row, column); a patch is flattened
-    (pixels, channel), channel fastest.
-
-    Raises:
-        ValueError: a size is not divisible by its patch.
-    """
-    batch, *sizes, channels = x.shape
-    grid = patch_grid(sizes, patch)
-    axes = len(patch)
-    x = x.reshape(batch, *(n for pair in zip(grid, patch) for n in pair), channels)
-    order = (0, *range(1, 2 * axes, 2), *range(2, 2 * axes + 1, 2), 2 * axes + 1)
-    return x.transpose(order).reshape(batch, math.prod(grid), math.prod(patch) * channels)
-
-
-def from_patches(tokens: Array, patch: Sequence[int], sizes: Sequence[int]) -> Array:
-    """[B, T, prod(patch) C] -> [B, *sizes, C]; inverse of `to_patches`.
-
-    Raises:
-        ValueError: a size is not divisible by its patch.
-    """
-    grid = patch_grid(sizes, patch)
-    axes = len(patch)
-    x = tokens.reshape(len(tokens), *grid, *patch, -1)
-    order = (0, *(k for i in range(axes) for k in (1 + i, 1 + axes + i)), 2 * axes + 1)
-    return x.transpose(order).reshape(len(tokens), *sizes, -1)
-
-
-def patch_grid(sizes: Sequence[int], patch: Sequence[int]) -> Patch:
-    """Tokens along every axis.
-
-    Raises:
-        ValueError: a size is not divisible by its patch.
-    """
-    if len(sizes) != len(patch) or any(n % p for n, p in zip(sizes, patch)):
-        raise ValueError(f"sizes {tuple(sizes)} are not whole numbers of patches {tuple(patch)}")
-    return tuple(n // p for n, p in zip(sizes, patch))

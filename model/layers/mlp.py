@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
-from jax import Array
+import numpy as np
+from jax import Array, lax
 
+from ...kernels_pallas.compat import vary
+from ..partition import constrain
 from .norms import RMSNorm
 
 fan_in = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
@@ -59,3 +63,63 @@ class GatedMLP(nn.Module):
         y, gate = jnp.split(dense(2 * hidden, "fc1", uniform_fan_in)(x), 2, axis=-1)
         scaled = lambda *a: self.out_scale * uniform_fan_in(*a)
         return dense(x.shape[-1], "fc2", scaled)(y * nn.silu(gate))
+
+
+class GeluMLP(nn.Module):
+    """W2 gelu(W1 x) with biases (DiT's MLP); the GELU is the tanh form, in at least float32.
+
+    Attributes:
+        hidden: inner width.
+        dtype: of the matmuls.
+    """
+
+    hidden: int
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """[B, T, d] in `dtype`."""
+        init = nn.initializers.xavier_uniform()
+        product, bias = _Projection(self.hidden, init, self.dtype, name="fc1")(x)
+        product = constrain(product, "batch", "seq", "features")
+        fc2 = nn.Dense(x.shape[-1], kernel_init=init, dtype=self.dtype, name="fc2")
+        return fc2(_gelu(*vary((product, bias), (product, bias))))
+
+
+class _Projection(nn.Module):
+    """x W and b of an `nn.Dense`, whose sum is left to the caller."""
+
+    features: int
+    kernel_init: nn.initializers.Initializer
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x):
+        kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features))
+        bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        return jnp.dot(x.astype(self.dtype), kernel.astype(self.dtype)), bias
+
+
+@jax.custom_vjp
+def _gelu(x, bias):
+    """gelu(x + bias) in x's dtype, in between at least float32; of all that only x is kept for the
+    backward pass."""
+    return nn.gelu(_widen(x) + bias, approximate=True).astype(x.dtype)
+
+
+def _gelu_bwd(operands, dy):
+    # The barrier keeps XLA from finding the tanh of the forward pass again, kept in float32.
+    x, bias, dy = lax.optimization_barrier((*operands, dy))
+    _, pull = jax.vjp(lambda a: nn.gelu(a, approximate=True), _widen(x) + bias)
+    dx = pull(_widen(dy))[0].astype(x.dtype)
+    # The sum is a reduction in x's dtype, as that of a dense layer's bias: XLA fuses it, whereas
+    # for a wide one it would write the wide gradient.
+    axes = tuple(range(x.ndim - 1))
+    return dx, lax.reduce(dx, np.zeros((), dx.dtype), lax.add, axes).astype(bias.dtype)
+
+
+_gelu.defvjp(lambda x, bias: (_gelu(x, bias), (x, bias)), _gelu_bwd)
+
+
+def _widen(x):
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))

@@ -1,48 +1,73 @@
-"""Images as sequences of patches, and back."""
+"""Images and videos as sequences of patches, and back."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 from jax import Array
 
+Patch = int | tuple[int, ...]  # p for images: (p, p); (frames, rows, columns) for videos
 
-def patchify(x: Array, patch: int) -> Array:
-    """Tokens of square patches, in raster order.
+
+def patch_sides(patch: Patch) -> tuple[int, ...]:
+    """A patch along every axis: (p, p) for the p of an image."""
+    return (patch, patch) if isinstance(patch, int) else tuple(patch)
+
+
+def patch_pixels(patch: Patch) -> int:
+    """Pixels of a patch: p p, or frames x rows x columns."""
+    return math.prod(patch_sides(patch))
+
+
+def patch_name(patch: Patch) -> str:
+    """ "4", or "2x4x4": as it is written on the command line and in parameter names."""
+    return "x".join(map(str, (patch,) if isinstance(patch, int) else patch))
+
+
+def patchify(x: Array, patch: Patch) -> Array:
+    """Tokens of patches, the last axis fastest: in raster order, frame by frame.
 
     Args:
-        x: [B, H, W, C]. patch: side p of a patch.
+        x: [B, H, W, C], or [B, F, H, W, C]. patch: side p of a square patch, or its sides.
 
     Returns:
-        [B, (H/p) (W/p), p p C] in x's dtype; a patch is flattened (row, column, channel), the
-        channel fastest.
+        [B, T, P C] in x's dtype, P the pixels of a patch, which is flattened (frame, row, column,
+        channel), the channel fastest.
 
     Raises:
-        ValueError: p does not divide H and W.
+        ValueError: the patch does not divide the sizes, or has another number of axes.
     """
-    batch, height, width, channels = x.shape
-    if height % patch or width % patch:
-        raise ValueError(f"patches of {patch} do not divide an image of {height} x {width}")
-    rows, columns = height // patch, width // patch
-    x = x.reshape(batch, rows, patch, columns, patch, channels)
-    return x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, rows * columns, -1)
+    sides, (batch, *sizes, channels) = patch_sides(patch), x.shape
+    if len(sides) != len(sizes) or any(n % p for n, p in zip(sizes, sides)):
+        shape = " x ".join(map(str, sizes))
+        kind = "an image" if len(sizes) == 2 else "a video"
+        raise ValueError(f"patches of {patch_name(patch)} do not divide {kind} of {shape}")
+    grid, axes = [n // p for n, p in zip(sizes, sides)], len(sides)
+    x = x.reshape(batch, *(n for pair in zip(grid, sides) for n in pair), channels)
+    order = (0, *range(1, 2 * axes, 2), *range(2, 2 * axes + 1, 2), 2 * axes + 1)
+    return x.transpose(order).reshape(batch, math.prod(grid), math.prod(sides) * channels)
 
 
-def unpatchify(tokens: Array, patch: int, grid: tuple[int, int]) -> Array:
+def unpatchify(tokens: Array, patch: Patch, grid: Sequence[int]) -> Array:
     """Inverse of `patchify`.
 
     Args:
-        tokens: [B, h w, p p C]. patch: side p. grid: (h, w), patches per column and row.
+        tokens: [B, T, P C]. patch: as there. grid: patches along every axis: (h, w) or (f, h, w).
 
     Returns:
-        [B, h p, w p, C].
+        [B, h p, w p, C], or [B, f p_t, h p_h, w p_w, C].
 
     Raises:
-        ValueError: another number of tokens, or a width that is no multiple of p p.
+        ValueError: another number of tokens, or a width that is no multiple of P.
     """
-    batch, length, width = tokens.shape
-    rows, columns = grid
-    if length != rows * columns or width % patch**2:
+    sides, (batch, length, width) = patch_sides(patch), tokens.shape
+    axes = len(sides)
+    if len(grid) != axes or length != math.prod(grid) or width % math.prod(sides):
         raise ValueError(
-            f"{length} tokens of width {width} are no grid of {rows} x {columns} patches of {patch}"
+            f"{length} tokens of width {width} are no grid of {' x '.join(map(str, grid))} patches "
+            f"of {patch_name(patch)}"
         )
-    x = tokens.reshape(batch, rows, columns, patch, patch, -1)
-    return x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, rows * patch, columns * patch, -1)
+    x = tokens.reshape(batch, *grid, *sides, -1)
+    order = (0, *(k for i in range(axes) for k in (1 + i, 1 + axes + i)), 2 * axes + 1)
+    return x.transpose(order).reshape(batch, *(n * p for n, p in zip(grid, sides)), -1)

@@ -1,20 +1,20 @@
 """DiT: a transformer over the patches of a noisy image, by time and class (arXiv 2212.09748).
 
 The same net serves diffusion (t counts steps, as the process was defined: 0..999) and flow matching
-(SiT, arXiv 2401.08740: t in [0, 1], as it is).
+(SiT, arXiv 2401.08740: t in [0, 1], as it is). With `frames` it takes videos: patches have frames,
+rows and columns, and nothing else changes (Latte, arXiv 2401.03048).
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax import Array, lax
+from jax import Array
 
-from ...kernels_pallas.compat import vary
 from ...kernels_pallas.matmul import matmul
 from ..layers.conditioning import (
     ModulationHead,
@@ -23,7 +23,8 @@ from ..layers.conditioning import (
     timestep_features,
 )
 from ..layers.context import NULLS, ContextEmbedder
-from ..layers.patches import patchify, unpatchify
+from ..layers.mlp import GeluMLP
+from ..layers.patches import Patch, patch_pixels, patchify, unpatchify
 from ..layers.positions import sincos_positions
 from ..mixers.bidirectional import Bidirectional
 from ..mixers.full_attention import FullAttention, JointAttention
@@ -33,6 +34,7 @@ from . import mamba_lm
 EPSILON = 1e-6  # of the layer norms
 TIME_FEATURES = 256
 CONTEXTS = ("none", "cross", "joint")
+MIXINGS = ("full", "factorised")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,6 +45,12 @@ class DiTConfig:
         input_size: side of the (latent) image. in_channels: C.
         patch_size: p, which divides input_size.
         base_patch: the patch in whose units positions count; 0 means patch_size.
+        frames: F of a video; 0: the net takes images.
+        patch_frames: frames of a patch of a video, which divide `frames`.
+        base_patch_frames: as base_patch, along time; 0 means patch_frames.
+        mixing: which tokens of a video the mixer of a block sees: "full": all of them;
+            "factorised": in the first, third, .. block those of one frame, in the others those of
+            one place at all times (Latte's variant 1).
         d_model: residual width D. n_layer: blocks. n_head: heads of the attention.
         mlp_ratio: hidden width of the MLP in units of D.
         num_classes: K; class id K is the null class, for guidance. 0, with a context: no classes,
@@ -64,6 +72,10 @@ class DiTConfig:
     input_size: int = 32
     patch_size: int = 2
     base_patch: int = 0
+    frames: int = 0
+    patch_frames: int = 1
+    base_patch_frames: int = 0
+    mixing: str = "full"
     in_channels: int = 4
     d_model: int = 1152
     n_layer: int = 28
@@ -99,22 +111,55 @@ class DiTConfig:
         return (1 + self.learn_sigma) * self.in_channels
 
     @property
-    def grid(self) -> tuple[int, int]:
-        """Tokens per column and row.
+    def shape(self) -> tuple[int, ...]:
+        """Of an input without its batch axis: (H, W, C), or (F, H, W, C)."""
+        time = (self.frames,) if self.frames else ()
+        return (*time, self.input_size, self.input_size, self.in_channels)
+
+    @property
+    def patch(self) -> Patch:
+        """patch_size p for images, (patch_frames, p, p) for videos."""
+        p = self.patch_size
+        return (self.patch_frames, p, p) if self.frames else p
+
+    def with_patch(self, patch: Patch) -> DiTConfig:
+        """The net of another patch, with positions counted as in this one.
 
         Raises:
-            ValueError: patch_size does not divide input_size.
+            ValueError: it is no patch of a square image, or of a video with square frames.
+        """
+        new = {"base_patch": self.base_patch or self.patch_size}
+        if not self.frames:
+            if not isinstance(patch, int):
+                raise ValueError(f"patch {patch}: that of an image is one number, its side")
+            return dataclasses.replace(self, patch_size=patch, **new)
+        if isinstance(patch, int) or len(patch) != 3 or patch[1] != patch[2]:
+            raise ValueError(f"patch {patch}: that of a video is (frames, side, side)")
+        new |= {"base_patch_frames": self.base_patch_frames or self.patch_frames}
+        return dataclasses.replace(self, patch_frames=patch[0], patch_size=patch[1], **new)
+
+    @property
+    def grid(self) -> tuple[int, ...]:
+        """Tokens along every axis: (h, w), or (f, h, w).
+
+        Raises:
+            ValueError: patch_size does not divide input_size, or patch_frames frames.
         """
         if self.patch_size < 1 or self.input_size % self.patch_size:
             raise ValueError(
                 f"patch_size={self.patch_size} does not divide input_size={self.input_size}"
             )
-        return (self.input_size // self.patch_size,) * 2
+        if self.frames and (self.patch_frames < 1 or self.frames % self.patch_frames):
+            raise ValueError(
+                f"patch_frames={self.patch_frames} does not divide frames={self.frames}"
+            )
+        time = (self.frames // self.patch_frames,) if self.frames else ()
+        return (*time, *(self.input_size // self.patch_size,) * 2)
 
     @property
     def tokens(self) -> int:
-        """T, tokens of an image."""
-        return self.grid[0] * self.grid[1]
+        """T, tokens of an image or a video."""
+        return math.prod(self.grid)
 
     @property
     def d_intermediate(self) -> int:
@@ -126,8 +171,12 @@ def make_mixer(config: DiTConfig, dtype=jnp.float32, **module):
     """The mixer of a config; `module` goes to the Flax module (name, parent).
 
     Raises:
-        ValueError: an unknown kind of mixer.
+        ValueError: an unknown kind of mixer, or of mixing.
     """
+    if config.mixing not in MIXINGS[: 1 + (config.frames > 0)]:
+        raise ValueError(
+            f"mixing={config.mixing!r}; choose full or, for videos (frames > 0), factorised"
+        )
     if config.mixer == "attention":
         return FullAttention(config.d_model, config.n_head, dtype, **module)
     if config.mixer not in ("mamba1", "mamba2"):
@@ -152,11 +201,15 @@ def check_context(config: DiTConfig) -> None:
         raise ValueError(f"context={c.context} with {sizes}; both must be at least 1")
     if c.context == "joint" and c.mixer != "attention":
         raise ValueError(f"context=joint takes mixer=attention, not {c.mixer}; or context=cross")
+    if c.context == "joint" and c.mixing != "full":
+        raise ValueError(f"context=joint takes mixing=full, not {c.mixing}; or context=cross")
 
 
 def position_table(config: DiTConfig):
     """The net's position table [T, D] float64 (numpy): a constant, not a parameter."""
-    scale = config.patch_size / (config.base_patch or config.patch_size)
+    side = config.patch_size / (config.base_patch or config.patch_size)
+    time = config.patch_frames / (config.base_patch_frames or config.patch_frames)
+    scale = (time, side, side) if config.frames else side
     return sincos_positions(config.d_model, config.grid, scale=scale)
 
 
@@ -176,61 +229,6 @@ class TimeEmbedder(nn.Module):
         return dense("fc2")(nn.silu(dense("fc1")(h)))
 
 
-class Mlp(nn.Module):
-    """W2 gelu(W1 x) with biases; the GELU is the tanh form, in at least float32."""
-
-    hidden: int
-    dtype: jnp.dtype
-
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        """[B, T, d] in `dtype`."""
-        init = nn.initializers.xavier_uniform()
-        product, bias = _Projection(self.hidden, init, self.dtype, name="fc1")(x)
-        product = constrain(product, "batch", "seq", "features")
-        fc2 = nn.Dense(x.shape[-1], kernel_init=init, dtype=self.dtype, name="fc2")
-        return fc2(_gelu(*vary((product, bias), (product, bias))))
-
-
-class _Projection(nn.Module):
-    """x W and b of an `nn.Dense`, whose sum is left to the caller."""
-
-    features: int
-    kernel_init: nn.initializers.Initializer
-    dtype: jnp.dtype
-
-    @nn.compact
-    def __call__(self, x):
-        kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features))
-        bias = self.param("bias", nn.initializers.zeros, (self.features,))
-        return jnp.dot(x.astype(self.dtype), kernel.astype(self.dtype)), bias
-
-
-@jax.custom_vjp
-def _gelu(x, bias):
-    """gelu(x + bias) in x's dtype, in between at least float32; of all that only x is kept for the
-    backward pass."""
-    return nn.gelu(_widen(x) + bias, approximate=True).astype(x.dtype)
-
-
-def _gelu_bwd(operands, dy):
-    # The barrier keeps XLA from finding the tanh of the forward pass again, kept in float32.
-    x, bias, dy = lax.optimization_barrier((*operands, dy))
-    _, pull = jax.vjp(lambda a: nn.gelu(a, approximate=True), _widen(x) + bias)
-    dx = pull(_widen(dy))[0].astype(x.dtype)
-    # The sum is a reduction in x's dtype, as that of a dense layer's bias: XLA fuses it, whereas
-    # for a wide one it would write the wide gradient.
-    axes = tuple(range(x.ndim - 1))
-    return dx, lax.reduce(dx, np.zeros((), dx.dtype), lax.add, axes).astype(bias.dtype)
-
-
-_gelu.defvjp(lambda x, bias: (_gelu(x, bias), (x, bias)), _gelu_bwd)
-
-
-def _widen(x):
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
-
-
 class Block(nn.Module):
     """r + gate1 mixer(norm(r) (1 + scale1) + shift1), then the same with an MLP (adaLN-Zero).
 
@@ -244,11 +242,11 @@ class Block(nn.Module):
     def setup(self):
         c = self.config
         self.modulation = ModulationHead(6)  # float32: few rows, and it scales all tokens
-        self.mlp = Mlp(c.d_intermediate, self.dtype)
+        self.mlp = GeluMLP(c.d_intermediate, self.dtype)
         if c.context == "joint":
             self.attn = JointAttention(c.d_model, c.n_head, self.dtype)
             self.context_modulation = ModulationHead(6)
-            self.context_mlp = Mlp(c.d_intermediate, self.dtype)
+            self.context_mlp = GeluMLP(c.d_intermediate, self.dtype)
             return
         name = "attn" if c.mixer == "attention" else "mixer"
         setattr(self, name, make_mixer(c, self.dtype))
@@ -266,24 +264,23 @@ class Block(nn.Module):
             vectors = jnp.concatenate([vectors, theirs], axis=-1)
         return c, constrain(vectors, "batch", None)
 
-    def __call__(self, r, vectors: Array, context: Array | None, context_mask: Array | None):
+    def __call__(
+        self, r, vectors: Array, number: Array, context: Array | None, context_mask: Array | None
+    ):
         """New residual stream [B, T, D] (and None), from what `conditioning` gives. In scan form.
 
-        With a joint context r is (r, the context's stream [B, S, D]). A cross context [B, S, D]
-        comes as `context`; context_mask: [B, S].
+        number: int32, the block's. With a joint context r is (r, the context's stream [B, S, D]). A
+        cross context [B, S, D] comes as `context`; context_mask: [B, S].
         """
         # Each is said to follow the rows: left to itself XLA's partitioner takes rows of other
         # devices for some of them on meshes of data, fsdp and tensor (jax 0.10 to 0.12).
         by_row = lambda v: constrain(v[:, None], "batch", None, None)
         joint = self.config.context == "joint"
-        vectors = jnp.split(vectors, 12 if joint else 6, axis=-1)
-        vectors = [by_row(v) for v in vectors]
+        vectors = [by_row(v) for v in jnp.split(vectors, 12 if joint else 6, axis=-1)]
         if joint:
             return self._joint(*r, vectors[:6], vectors[6:], context_mask), None
         shift1, scale1, gate1, *second = vectors
-        mixer = self.attn if self.config.mixer == "attention" else self.mixer
-
-        y, _ = mixer(modulated_layer_norm(r, shift1, scale1, EPSILON, self.dtype))
+        y = self._mix(modulated_layer_norm(r, shift1, scale1, EPSILON, self.dtype), number)
         self.sow("intermediates", "mixed", y)
         r = _add(r, gate1, y)
         if self.config.context == "cross":
@@ -294,6 +291,25 @@ class Block(nn.Module):
         self.sow("intermediates", "mlp_out", y)
         self.sow("intermediates", "out", r)
         return r, None
+
+    def _mix(self, h: Array, number: Array) -> Array:
+        """The mixer's [B, T, D]; block `number` mixes within frames (even) or along time (odd)."""
+        mixer_of = lambda block: block.attn if self.config.mixer == "attention" else block.mixer
+        if self.config.mixing == "full":
+            return mixer_of(self)(h)[0]
+        times = self.config.grid[0]
+        h = h.reshape(h.shape[0], times, -1, h.shape[-1])
+
+        def within(block, h):
+            rows = h.reshape(-1, *h.shape[2:])
+            return mixer_of(block)(rows)[0].reshape(h.shape)
+
+        def along(block, h):
+            return jnp.swapaxes(within(block, jnp.swapaxes(h, 1, 2)), 1, 2)
+
+        # A branch, for the loop over blocks has one body; parameters of both are the same.
+        y = nn.cond(number % 2 == 1, along, within, self, h)
+        return y.reshape(y.shape[0], -1, y.shape[-1])
 
     def _joint(self, r, s, own, theirs, context_mask):
         """New streams of tokens and context."""
@@ -364,7 +380,7 @@ class DiT(nn.Module):
             block,
             variable_axes={"params": 0, "intermediates": 0},
             split_rngs={"params": True},
-            in_axes=(0, nn.broadcast, nn.broadcast),
+            in_axes=(0, 0, nn.broadcast, nn.broadcast),
             length=c.n_layer,
             unroll=c.n_layer if self.unroll else 1,
             methods=["__call__", "conditioning"],
@@ -381,7 +397,7 @@ class DiT(nn.Module):
                 c.d_model, c.context_length, c.context_dim,
                 c.null_context if c.class_dropout else "", self.dtype,
             )  # fmt: skip
-        self.final = Final(c.patch_size**2 * c.out_channels)
+        self.final = Final(patch_pixels(c.patch) * c.out_channels)
 
     def __call__(
         self,
@@ -396,7 +412,7 @@ class DiT(nn.Module):
         """What the process asks for (noise, velocity, ..) at every pixel.
 
         Args:
-            x: [B, input_size, input_size, C] noisy images.
+            x: [B, input_size, input_size, C] noisy images, or [B, frames, ..] noisy videos.
             t: [B] int or float time, in the units the net is trained with.
             labels: [B] int32 class ids in 0..num_classes (the null class).
             drop: [B] bool: rows to take the null class, whatever their label, and the null context.
@@ -407,19 +423,21 @@ class DiT(nn.Module):
             context_mask: [B, S] tokens that belong to the text, at least one per row; None: all.
 
         Returns:
-            [B, input_size, input_size, out_channels] float32, and {} (no auxiliary losses).
+            [B, .., out_channels] float32, the other sizes as those of x, and {} (no auxiliary
+            losses).
 
         Raises:
             ValueError: images or context of another shape, a context for a net that reads none, or
                 `drop` (or no context) for a net without a null class (or null context).
         """
         c, grid = self.config, self.config.grid
-        if x.shape[1:] != (c.input_size, c.input_size, c.in_channels):
+        if x.shape[1:] != c.shape:
+            frames = f"frames={c.frames}, " if c.frames else ""
             raise ValueError(
-                f"images of shape {x.shape[1:]}; the net has input_size={c.input_size} and "
-                f"in_channels={c.in_channels}"
+                f"{'videos' if c.frames else 'images'} of shape {x.shape[1:]}; the net has "
+                f"{frames}input_size={c.input_size} and in_channels={c.in_channels}"
             )
-        patches = patchify(x.astype(jnp.promote_types(x.dtype, jnp.float32)), c.patch_size)
+        patches = patchify(x.astype(jnp.promote_types(x.dtype, jnp.float32)), c.patch)
         r = self.x_embedder(patches)
         self.sow("intermediates", "patches", r)
         r = r + jnp.asarray(position_table(c), r.dtype)
@@ -429,19 +447,20 @@ class DiT(nn.Module):
             drop = self._draw_drop(t.shape)
         condition = constrain(self.condition(t, labels, drop=drop), "batch", None)
         if c.context != "none":
-            read = self.context_embedder(context, context_mask, drop, len(t))
-            context, context_mask = read
+            context, context_mask = self.context_embedder(context, context_mask, drop, len(t))
         elif context is not None or context_mask is not None:
             raise ValueError("context=none: the net reads no context")
-        _, vectors = self.blocks.conditioning(condition, None, None, None)
+        _, vectors = self.blocks.conditioning(condition, None, None, None, None)
+        numbers = jnp.arange(c.n_layer)
         if c.context == "joint":
-            (r, _), _ = self.blocks((r, context.astype(r.dtype)), vectors, None, context_mask)
+            streams = r, context.astype(r.dtype)
+            (r, _), _ = self.blocks(streams, vectors, numbers, None, context_mask)
         else:
-            r, _ = self.blocks(r, vectors, context, context_mask)
+            r, _ = self.blocks(r, vectors, numbers, context, context_mask)
         tokens = constrain(self.final(r, condition), "batch", "seq", None)
         self.sow("intermediates", "tokens", tokens)
-        out = unpatchify(tokens, c.patch_size, grid)
-        return constrain(out, "batch", None, None, None), {}
+        out = unpatchify(tokens, c.patch, grid)
+        return constrain(out, "batch", *(None,) * (out.ndim - 1)), {}
 
     def condition(self, t: Array, labels: Array, *, drop: Array | None = None) -> Array:
         """[B, D]: what time and class contribute; arguments as of the call."""

@@ -1,7 +1,7 @@
 """FlexiDiT: one DiT that takes its images in patches of several sizes (arXiv 2502.20126).
 
-A *mode* is a patch size. In every mode the net is a plain `DiT` with that patch and effective
-parameters, pure functions of one tree:
+A *mode* is a patch size: p of an image, (frames, p, p) of a video. In every mode the net is a plain
+`DiT` with that patch and effective parameters, pure functions of one tree:
 
     config = FlexiDiTConfig(base=DiTConfig(patch_size=2, ..), patch_sizes=(2, 4))
     params = flexify(config, dit_params, jax.random.key(0))
@@ -13,6 +13,8 @@ The mode of the base's own patch p0 is the net as it was trained. Trees:
     shared: those of a DiT of the underlying patch, and patch_size_embed/p4 [D] of every other mode
     lora:   base/ (the DiT, frozen), and for every other mode modes/p4/: x_embedder, final,
             patch_size_embed [D], lora/<target>/{A [L, in, r], B [L, r, out]}
+
+p4 is p2x4x4 for a video.
 """
 
 from __future__ import annotations
@@ -34,6 +36,7 @@ from ..layers.flexible import (
     resize_deembedding,
     resize_embedding,
 )
+from ..layers.patches import Patch, patch_name, patch_pixels, patch_sides
 from ..partition import path_string
 from ..sampling.budget import dit_flops
 from .dit import DiT, DiTConfig
@@ -48,11 +51,13 @@ class FlexiDiTConfig:
     """A DiT and the patch sizes it takes.
 
     Attributes:
-        base: the DiT; its patch_size p0 is one of the modes.
-        patch_sizes: of all modes; each divides the base's input_size.
+        base: the DiT, of images or videos; its own patch p0 is one of the modes.
+        patch_sizes: of all modes, p each, or (frames, p, p) for videos; each divides the base's
+            sizes.
         variant: "shared": all modes train the same weights. "lora": the base is frozen, every other
             mode has embeddings of its own and adapters of low rank on the blocks.
-        underlying: patch p* at which the weights of "shared" are kept; 0: the largest.
+        underlying: patch p* at which the weights of "shared" are kept; 0: the largest, along every
+            axis.
         resize: "area" or "bilinear", how patches of one size become those of another.
         rank, alpha: of the adapters of "lora": W + alpha / rank A B.
         targets: kernels of a block that have adapters, by path.
@@ -63,9 +68,9 @@ class FlexiDiTConfig:
     """
 
     base: DiTConfig = DiTConfig()
-    patch_sizes: tuple[int, ...] = (2, 4)
+    patch_sizes: tuple[int | tuple[int, int, int], ...] = (2, 4)
     variant: str = "shared"
-    underlying: int = 0
+    underlying: int | tuple[int, int, int] = 0
     resize: str = "area"
     rank: int = 64
     alpha: float = 64.0
@@ -73,59 +78,81 @@ class FlexiDiTConfig:
     detail: float = 0.0
 
     @property
-    def star(self) -> int:
+    def star(self) -> Patch:
         """p*, the underlying patch of the shared variant."""
-        return self.underlying or max(self.patch_sizes)
+        if self.underlying or not self.base.frames:
+            return self.underlying or max(self.patch_sizes)
+        return tuple(map(max, *self.patch_sizes)) if len(self.patch_sizes) > 1 else self.powerful
 
     @property
-    def powerful(self) -> int:
+    def powerful(self) -> Patch:
         """p0, the mode of the base."""
-        return self.base.patch_size
+        return self.base.patch
 
     @property
-    def weak(self) -> int:
+    def weak(self) -> Patch:
         """The cheapest mode: that of the largest patch."""
-        return max(self.patch_sizes)
+        return max(self.patch_sizes, key=lambda p: (patch_pixels(p), p))
 
     @property
-    def others(self) -> tuple[int, ...]:
+    def others(self) -> tuple[Patch, ...]:
         """All modes but that of the base, the smallest patch first."""
-        return tuple(sorted(p for p in self.patch_sizes if p != self.base.patch_size))
+        return tuple(sorted(p for p in self.patch_sizes if p != self.powerful))
 
 
 def check_config(config: FlexiDiTConfig) -> None:
     """Raises ValueError, with the numbers, for modes that cannot be had."""
     base, sizes = config.base, config.patch_sizes
+    listed = f"({', '.join(map(patch_name, sizes))})"
     if config.variant not in VARIANTS:
         raise ValueError(f"variant={config.variant!r}; choose one of {', '.join(VARIANTS)}")
     if config.resize not in METHODS:
         raise ValueError(f"resize={config.resize!r}; choose one of {', '.join(METHODS)}")
-    if base.patch_size not in sizes:
-        raise ValueError(
-            f"patch_sizes={sizes} lack {base.patch_size}, the patch size of the base; add it"
-        )
-    if len(set(sizes)) != len(sizes) or min(sizes) < 1:
-        raise ValueError(f"patch_sizes={sizes}: each is a whole number and named once")
-    for p in sizes:
-        if base.input_size % p:
-            fit = [n for n in range(1, base.input_size + 1) if base.input_size % n == 0]
+    axes = len(patch_sides(config.powerful))
+    for p in (*sizes, *([config.underlying] if config.underlying else [])):
+        if isinstance(p, int) == bool(base.frames) or len(patch_sides(p)) != axes:
+            form = "(frames, side, side), written 2x4x4" if base.frames else "one number, its side"
             raise ValueError(
-                f"patch size {p} does not divide input_size={base.input_size}; "
-                f"{', '.join(map(str, fit))} do"
+                f"patch size {patch_name(p)}: the base takes {'videos' if axes == 3 else 'images'},"
+                f" whose patches are {form}"
             )
-    if config.variant == "shared" and (config.star < max(sizes) or base.input_size % config.star):
+    if config.powerful not in sizes:
         raise ValueError(
-            f"underlying={config.star}: it is at least the largest patch size {max(sizes)} and "
-            f"divides input_size={base.input_size}"
+            f"patch_sizes={listed} lack {patch_name(config.powerful)}, the patch size of the base; "
+            "add it"
         )
+    if len(set(sizes)) != len(sizes) or min(map(min, map(patch_sides, sizes))) < 1:
+        raise ValueError(f"patch_sizes={listed}: each is a whole number and named once")
+    for p in sizes:
+        _check_divides(base, p, f"patch size {patch_name(p)}")
+        if base.frames:
+            base.with_patch(p)  # raises ValueError unless its frames are square
+    if config.variant == "shared":
+        largest = sizes[0] if len(sizes) == 1 else tuple(map(max, *map(patch_sides, sizes)))
+        if any(a < b for a, b in zip(patch_sides(config.star), patch_sides(largest))):
+            largest = largest if base.frames else max(sizes)
+            raise ValueError(
+                f"underlying={patch_name(config.star)}: it is at least the largest patch size "
+                f"{patch_name(largest)} and divides input_size={base.input_size}"
+            )
+        _check_divides(base, config.star, f"underlying={patch_name(config.star)}")
     if config.variant == "lora" and (config.rank < 1 or not config.targets):
         raise ValueError(f"rank={config.rank}, targets={config.targets}: adapters need both")
+
+
+def _check_divides(base: DiTConfig, patch: Patch, what: str) -> None:
+    """Raises ValueError where a patch does not divide the sizes of the base's inputs."""
+    names = ("frames", "input_size", "input_size") if base.frames else ("input_size", "input_size")
+    for name, size, side in zip(names, base.shape, patch_sides(patch)):
+        if size % side:
+            fit = [n for n in range(1, size + 1) if size % n == 0]
+            raise ValueError(f"{what} does not divide {name}={size}; {', '.join(map(str, fit))} do")
 
 
 # ---------------------------------------------------------------- modes
 
 
-def mode_config(config: FlexiDiTConfig, patch: int) -> DiTConfig:
+def mode_config(config: FlexiDiTConfig, patch: Patch) -> DiTConfig:
     """The DiT of a mode: the base with another patch, positions counted in patches of the base.
 
     Raises:
@@ -133,19 +160,12 @@ def mode_config(config: FlexiDiTConfig, patch: int) -> DiTConfig:
     """
     check_config(config)
     if patch not in config.patch_sizes:
-        modes = ", ".join(map(str, sorted(config.patch_sizes)))
-        raise ValueError(f"no mode of patch size {patch}; there are {modes}")
-    return _with_patch(config, patch)
+        modes = ", ".join(map(patch_name, sorted(config.patch_sizes)))
+        raise ValueError(f"no mode of patch size {patch_name(patch)}; there are {modes}")
+    return config.base.with_patch(patch)
 
 
-def _with_patch(config: FlexiDiTConfig, patch: int) -> DiTConfig:
-    base = config.base
-    return dataclasses.replace(
-        base, patch_size=patch, base_patch=base.base_patch or base.patch_size
-    )
-
-
-def mode_params(config: FlexiDiTConfig, params: Params, patch: int) -> dict[str, Any]:
+def mode_params(config: FlexiDiTConfig, params: Params, patch: Patch) -> dict[str, Any]:
     """Parameters of the DiT of a mode, for training inside jit and grad, or once for inference.
 
     The patch-size embedding s_p is part of the embedding's bias: adding it to every token is the
@@ -159,7 +179,7 @@ def mode_params(config: FlexiDiTConfig, params: Params, patch: int) -> dict[str,
         ValueError: as `mode_config`.
     """
     mode_config(config, patch)
-    at_base, key = patch == config.base.patch_size, _key(patch)
+    at_base, key = patch == config.powerful, _key(patch)
     if config.variant == "lora":
         base = jax.tree.map(lax.stop_gradient, dict(params["base"]))
         if at_base:
@@ -171,7 +191,7 @@ def mode_params(config: FlexiDiTConfig, params: Params, patch: int) -> dict[str,
     else:
         base = {name: tree for name, tree in params.items() if name != "patch_size_embed"}
         embed, out, blocks = base["x_embedder"], base["final"], base["blocks"]
-        resize = ((config.star,) * 2, (patch,) * 2, config.resize)
+        resize = (patch_sides(config.star), patch_sides(patch), config.resize)
         embed = {**embed, "kernel": resize_embedding(embed["kernel"], *resize)}
         out = {n: resize_deembedding(out[n], *resize) for n in ("kernel", "bias")}
         shift = None if at_base else params["patch_size_embed"][key]
@@ -186,8 +206,8 @@ def mode_params(config: FlexiDiTConfig, params: Params, patch: int) -> dict[str,
 
 
 def materialise(
-    config: FlexiDiTConfig, params: Params, patches: Sequence[int] = ()
-) -> dict[int, dict[str, Any]]:
+    config: FlexiDiTConfig, params: Params, patches: Sequence[Patch] = ()
+) -> dict[Patch, dict[str, Any]]:
     """{"patch": parameters} of several modes (all of them for ()), for `flexible_denoiser`.
 
     What modes share is not copied when this runs outside jit.
@@ -208,18 +228,19 @@ def flexible_denoiser(config: FlexiDiTConfig, **options) -> Callable[..., Array]
     def denoise(modes, x, t, labels, mode=None):
         mode = mode or config.powerful
         if mode not in nets or mode not in modes:
-            raise ValueError(f"no mode of patch size {mode}; there are {sorted(modes)}")
+            named = ", ".join(map(patch_name, sorted(modes)))
+            raise ValueError(f"no mode of patch size {patch_name(mode)}; there are {named}")
         return nets[mode].apply({"params": modes[mode]}, x, t, labels)[0]
 
     return denoise
 
 
-def mode_flops(config: FlexiDiTConfig) -> dict[int, float]:
+def mode_flops(config: FlexiDiTConfig) -> dict[Patch, float]:
     """{patch: multiply-adds of one image's forward pass} of every mode; see `dit_flops`."""
     return {p: dit_flops(mode_config(config, p)) for p in sorted(config.patch_sizes)}
 
 
-def flops(config: FlexiDiTConfig | DiTConfig, patch: int | None = None) -> float:
+def flops(config: FlexiDiTConfig | DiTConfig, patch: Patch | None = None) -> float:
     """Multiply-adds of one image's forward pass in mode `patch` (the base's if None)."""
     if isinstance(config, DiTConfig):
         return dit_flops(config, patch)
@@ -244,12 +265,12 @@ def flexify(config: FlexiDiTConfig, dit_params: Params, key: Array) -> dict[str,
         ValueError: `check_config`, other parameters than the base's, or no such targets.
     """
     check_config(config)
-    base, p0 = config.base, config.base.patch_size
-    wanted = (base.patch_size**2 * base.in_channels, base.d_model)
+    base, p0 = config.base, config.powerful
+    wanted = (patch_pixels(p0) * base.in_channels, base.d_model)
     if tuple(dit_params["x_embedder"]["kernel"].shape) != wanted:
         raise ValueError(
             f"the DiT's patch embedding has shape {dit_params['x_embedder']['kernel'].shape}, "
-            f"base.patch_size={p0} needs {wanted}"
+            f"base.patch_size={patch_name(p0)} needs {wanted}"
         )
     zeros = jnp.zeros((base.d_model,), dit_params["x_embedder"]["bias"].dtype)
     if config.variant == "shared":
@@ -259,11 +280,12 @@ def flexify(config: FlexiDiTConfig, dit_params: Params, key: Array) -> dict[str,
             {"patch_size_embed": shifts} if shifts else {}
         )
     modes = {}
-    for p in config.others:
-        # Straight to the mode's own patch, through the larger of both.
-        own = jax.random.fold_in(key, p)
-        embed, out = _lifted(config, dit_params, max(p, p0), p0, jax.random.fold_in(own, 1))
-        resize = ((max(p, p0),) * 2, (p,) * 2, config.resize)
+    for number, p in enumerate(config.others):
+        # Straight to the mode's own patch, through the larger of both along every axis.
+        own = jax.random.fold_in(key, p if isinstance(p, int) else number)
+        larger = tuple(map(max, patch_sides(p), patch_sides(p0)))
+        embed, out = _lifted(config, dit_params, larger, p0, jax.random.fold_in(own, 1))
+        resize = (larger, patch_sides(p), config.resize)
         out = {n: resize_deembedding(out[n], *resize) for n in ("kernel", "bias")}
         modes[_key(p)] = {
             "x_embedder": {
@@ -280,18 +302,18 @@ def flexify(config: FlexiDiTConfig, dit_params: Params, key: Array) -> dict[str,
 def init_params(config: FlexiDiTConfig, key: Array) -> dict[str, Any]:
     """A FlexiDiT from a DiT that has learned nothing: shapes and names of the tree."""
     base = config.base
-    x = jnp.zeros((1, base.input_size, base.input_size, base.in_channels))
+    x = jnp.zeros((1, *base.shape))
     one = jnp.zeros((1,), jnp.int32)
     variables = DiT(base).init({"params": key}, x, one, one)
     return flexify(config, variables["params"], jax.random.fold_in(key, 1))
 
 
-def _lifted(config, params, star: int, p0: int, key: Array) -> tuple[dict, dict]:
+def _lifted(config, params, star: Patch, p0: Patch, key: Array) -> tuple[dict, dict]:
     """Embedding and final layer at patch `star` that project to those of `params` at p0."""
-    resize = ((star,) * 2, (p0,) * 2, config.resize)
+    resize = (patch_sides(star), patch_sides(p0), config.resize)
     embed, out = dict(params["x_embedder"]), dict(params["final"])
     embed["kernel"] = lift_embedding(embed["kernel"], *resize)
-    if config.detail and star > p0:
+    if config.detail and resize[0] != resize[1]:
         kernel = embed["kernel"]
         new = nn.initializers.xavier_uniform()(key, kernel.shape, kernel.dtype)
         seen = lift_embedding(resize_embedding(new, *resize), *resize)
@@ -301,8 +323,8 @@ def _lifted(config, params, star: int, p0: int, key: Array) -> tuple[dict, dict]
     return embed, out
 
 
-def _key(patch: int) -> str:
-    return f"p{patch}"
+def _key(patch: Patch) -> str:
+    return f"p{patch_name(patch)}"
 
 
 # ---------------------------------------------------------------- adapters

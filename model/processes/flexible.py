@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
+from ..layers.patches import Patch
 from .flow import FlowMatching
 from .gaussian import GaussianDiffusion
 
@@ -48,8 +49,8 @@ class FlexibleFlow(Objectives, FlowMatching):
 
 
 def mode_mixture(
-    patch_sizes: Sequence[int], base: int, variant: str, powerful_share: float = 0.5
-) -> dict[int, float]:
+    patch_sizes: Sequence[Patch], base: Patch, variant: str, powerful_share: float = 0.5
+) -> dict[Patch, float]:
     """How often each mode is trained: in the shared variant the base mode `powerful_share` of the
     time and the others the rest in equal parts; with adapters (`lora`) the others only, since the
     base mode has nothing to learn.
@@ -65,7 +66,7 @@ def mode_mixture(
     return shares if variant == "lora" else {base: 1.0 - sum(shares.values())} | shares
 
 
-def draw_mode(mixture: Mapping[int, float], seed: int, step: int) -> int:
+def draw_mode(mixture: Mapping[Patch, float], seed: int, step: int) -> Patch:
     """The mode of the whole batch of one step: on the host, a function of (seed, step) alone, so
     that every process draws the same and each mode has one compiled program."""
     modes = sorted(mixture)

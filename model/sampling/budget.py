@@ -7,8 +7,9 @@
 
 `plan` does both for whichever way a schedule is given.
 
-A level is (patch size, steps); levels are in the order of the steps, the noisiest first, where the
-predictions of weak (large patch, cheap) and powerful modes differ least.
+Patch sizes are p for images, (frames, p, p) for videos. A level is (patch size, steps); levels are
+in the order of the steps, the noisiest first, where the predictions of weak (large patch, cheap)
+and powerful modes differ least.
 """
 
 from __future__ import annotations
@@ -16,22 +17,25 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
+from ..layers.patches import Patch, patch_name, patch_pixels
 from .diffusion import Segment
 
-Levels = tuple[tuple[int, int], ...]
+Levels = tuple[tuple[Patch, int], ...]
 GUIDANCE = ("cfg", "weak_uncond", "weak_cond", "none")
 TIME_FEATURES = 256
 
 
-def dit_flops(config, patch: int | None = None) -> float:
+def dit_flops(config, patch: Patch | None = None) -> float:
     """Multiply-adds of one forward pass of one image, the unit of the "Gflops" of DiT's table.
 
     N = (I/p)^2 tokens; L ((4 + 2 m) N D^2 + 2 N^2 D + 6 D^2) in blocks (projections and MLP of
     ratio m, scores and values, modulation), N p^2 C D and N p^2 C_out D + 2 D^2 at the ends,
-    256 D + D^2 for the timestep. DiT-XL/2 at 256^2: 118.62e9.
+    256 D + D^2 for the timestep. DiT-XL/2 at 256^2: 118.62e9. For videos N counts tokens of all
+    times and p^2 the pixels of a patch; with factorised mixing a token meets N / f others in half
+    of the blocks and f in the others.
 
     Args:
-        config: `DiTConfig` with attention. patch: p, if not the config's.
+        config: `DiTConfig` with attention. patch: that of an image or video, if not the config's.
 
     Raises:
         ValueError: another mixer, whose operations this formula does not count.
@@ -40,17 +44,22 @@ def dit_flops(config, patch: int | None = None) -> float:
         raise ValueError(
             f"mixer={config.mixer}: the formula counts attention; count the traced network instead"
         )
-    p = patch or config.patch_size
-    n, d = (config.input_size // p) ** 2, config.d_model
-    block = (4 + 2 * config.mlp_ratio) * n * d * d + 2 * n * n * d + 6 * d * d
-    ends = n * p * p * (config.in_channels + config.out_channels) * d + 2 * d * d
-    return config.n_layer * block + ends + TIME_FEATURES * d + d * d
+    config = config.with_patch(patch) if patch else config
+    n, d, layers = config.tokens, config.d_model, config.n_layer
+    seen = layers * n
+    if config.mixing == "factorised":
+        times, along = config.grid[0], layers // 2
+        seen = (layers - along) * n // times + along * times
+    blocks = layers * ((4 + 2 * config.mlp_ratio) * n * d * d + 6 * d * d) + 2 * n * seen * d
+    pixels = n * patch_pixels(config.patch)
+    ends = pixels * (config.in_channels + config.out_channels) * d + 2 * d * d
+    return blocks + ends + TIME_FEATURES * d + d * d
 
 
 # ---------------------------------------------------------------- which mode at which step
 
 
-def by_weak_steps(steps: int, weak_steps: int, *, weak: int, powerful: int) -> Levels:
+def by_weak_steps(steps: int, weak_steps: int, *, weak: Patch, powerful: Patch) -> Levels:
     """The first `weak_steps` of `steps` in the weak mode, the rest in the powerful one.
 
     Raises:
@@ -66,10 +75,10 @@ def by_weak_steps(steps: int, weak_steps: int, *, weak: int, powerful: int) -> L
 def by_budget(
     steps: int,
     budget: float,
-    costs: Mapping[int, float],
+    costs: Mapping[Patch, float],
     *,
-    weak: int,
-    powerful: int,
+    weak: Patch,
+    powerful: Patch,
     guidance: str = "cfg",
 ) -> Levels:
     """As many weak steps as bring a trajectory to `budget` of what it costs without them.
@@ -89,15 +98,16 @@ def by_budget(
     least = relative_cost(costs, weak, powerful)
     if not least <= budget <= 1:
         raise ValueError(
-            f"a budget of {budget:g} is not possible: patch size {weak} throughout costs "
-            f"{least:.3f} of patch size {powerful}; choose {math.ceil(least * 1000) / 1000:g} to 1"
+            f"a budget of {budget:g} is not possible: patch size {patch_name(weak)} throughout "
+            f"costs {least:.3f} of patch size {patch_name(powerful)}; choose "
+            f"{math.ceil(least * 1000) / 1000:g} to 1"
         )
     most = (1 + least) / 2 if guidance in ("weak_uncond", "weak_cond") else 1.0
     share = (most - budget) / (most - least) if most > least else 0.0
     return by_weak_steps(steps, round(steps * max(share, 0.0)), weak=weak, powerful=powerful)
 
 
-def relative_cost(costs: Mapping[int, float], weak: int, powerful: int) -> float:
+def relative_cost(costs: Mapping[Patch, float], weak: Patch, powerful: Patch) -> float:
     """What a prediction of the weak mode costs, the powerful mode's being 1.
 
     Raises:
@@ -105,15 +115,18 @@ def relative_cost(costs: Mapping[int, float], weak: int, powerful: int) -> float
     """
     for patch in (weak, powerful):
         if patch not in costs:
-            raise ValueError(f"no mode of patch size {patch}; there are {_listed(costs)}")
+            raise ValueError(
+                f"no mode of patch size {patch_name(patch)}; there are {_listed(costs)}"
+            )
     if weak != powerful and costs[weak] >= costs[powerful]:
         raise ValueError(
-            f"patch size {weak} is not cheaper than {powerful}; the weak mode has larger patches"
+            f"patch size {patch_name(weak)} is not cheaper than {patch_name(powerful)}; the weak "
+            "mode has larger patches"
         )
     return costs[weak] / costs[powerful]
 
 
-def by_levels(steps: int, levels: Sequence[tuple[int, int]], *, powerful: int) -> Levels:
+def by_levels(steps: int, levels: Sequence[tuple[Patch, int]], *, powerful: Patch) -> Levels:
     """Several weak modes: (patch size, steps) from the first step on, the rest powerful.
 
     Raises:
@@ -123,12 +136,12 @@ def by_levels(steps: int, levels: Sequence[tuple[int, int]], *, powerful: int) -
     patches = [patch for patch, _ in levels]
     if rest < 0 or any(count < 0 for _, count in levels):
         raise ValueError(f"the levels {list(levels)} have {steps - rest} steps of {steps}")
-    if patches != sorted(patches, reverse=True):
+    if patches != sorted(patches, key=patch_pixels, reverse=True):
         raise ValueError(f"patch sizes {patches} grow; name the largest first")
     return _levels([*levels, (powerful, rest)])
 
 
-def by_list(modes: Sequence[int]) -> Levels:
+def by_list(modes: Sequence[Patch]) -> Levels:
     """Any patch size at any step: one entry per step, the noisiest first.
 
     Raises:
@@ -136,10 +149,10 @@ def by_list(modes: Sequence[int]) -> Levels:
     """
     if not len(modes):
         raise ValueError("an empty list of modes; one patch size per step is needed")
-    return _levels([(int(mode), 1) for mode in modes])
+    return _levels([(mode if isinstance(mode, tuple) else int(mode), 1) for mode in modes])
 
 
-def by_time(times: Sequence[float], switch: float, *, weak: int, powerful: int) -> Levels:
+def by_time(times: Sequence[float], switch: float, *, weak: Patch, powerful: Patch) -> Levels:
     """The weak mode at times of at least `switch`: the same part of the process for any number of
     steps.
 
@@ -150,9 +163,9 @@ def by_time(times: Sequence[float], switch: float, *, weak: int, powerful: int) 
     return by_list([weak if t >= switch else powerful for t in times])
 
 
-def _levels(pairs: Sequence[tuple[int, int]]) -> Levels:
+def _levels(pairs: Sequence[tuple[Patch, int]]) -> Levels:
     """Neighbours of one mode joined, empty levels left out."""
-    found: list[tuple[int, int]] = []
+    found: list[tuple[Patch, int]] = []
     for patch, count in pairs:
         if count and found and found[-1][0] == patch:
             found[-1] = (patch, found[-1][1] + count)
@@ -161,22 +174,24 @@ def _levels(pairs: Sequence[tuple[int, int]]) -> Levels:
     return tuple(found)
 
 
-def check_modes(levels: Sequence[tuple[int, int]], patch_sizes: Sequence[int]) -> None:
+def check_modes(levels: Sequence[tuple[Patch, int]], patch_sizes: Sequence[Patch]) -> None:
     """Raises ValueError naming the first mode of `levels` that is none of `patch_sizes`."""
     for patch, _ in levels:
         if patch not in patch_sizes:
-            raise ValueError(f"no mode of patch size {patch}; there are {_listed(patch_sizes)}")
+            raise ValueError(
+                f"no mode of patch size {patch_name(patch)}; there are {_listed(patch_sizes)}"
+            )
 
 
 # ---------------------------------------------------------------- which guide, and what it costs
 
 
 def with_guidance(
-    levels: Sequence[tuple[int, int]],
+    levels: Sequence[tuple[Patch, int]],
     guidance: str = "cfg",
     *,
-    powerful: int,
-    weak: int,
+    powerful: Patch,
+    weak: Patch,
     scales: Sequence[float | None] = (),
 ) -> tuple[Segment, ...]:
     """Segments of a sampler: main and guiding prediction of every level.
@@ -214,14 +229,14 @@ def with_guidance(
 
 def plan(
     steps: int,
-    costs: Mapping[int, float],
+    costs: Mapping[Patch, float],
     *,
-    powerful: int,
-    weak: int,
+    powerful: Patch,
+    weak: Patch,
     budget: float | None = None,
     weak_steps: int | None = None,
-    levels: Sequence[tuple[int, int]] = (),
-    modes: Sequence[int] = (),
+    levels: Sequence[tuple[Patch, int]] = (),
+    modes: Sequence[Patch] = (),
     switch: float | None = None,
     times: Sequence[float] = (),
     guidance: str = "cfg",
@@ -263,7 +278,7 @@ def plan(
     return with_guidance(chosen, guidance, powerful=powerful, weak=weak, scales=scales)
 
 
-def segment_flops(segment: Segment, costs: Mapping[int, float], powerful: int) -> float:
+def segment_flops(segment: Segment, costs: Mapping[Patch, float], powerful: Patch) -> float:
     """What all steps of a segment cost for one image, in the unit of `costs`.
 
     Args:
@@ -275,14 +290,16 @@ def segment_flops(segment: Segment, costs: Mapping[int, float], powerful: int) -
 
 
 def trajectory_flops(
-    segments: Sequence[Segment], costs: Mapping[int, float], powerful: int
+    segments: Sequence[Segment], costs: Mapping[Patch, float], powerful: Patch
 ) -> float:
     """What a whole trajectory of one image costs, in the unit of `costs`: both predictions of a
     guided step. Solvers that predict twice per step cost twice as much."""
     return math.fsum(segment_flops(segment, costs, powerful) for segment in segments)
 
 
-def relative_flops(segments: Sequence[Segment], costs: Mapping[int, float], powerful: int) -> float:
+def relative_flops(
+    segments: Sequence[Segment], costs: Mapping[Patch, float], powerful: Patch
+) -> float:
     """Cost of a trajectory, that of the powerful mode in all its predictions being 1."""
     predictions = sum(s.steps * (1 if s.guide == "none" else 2) for s in segments)
     return trajectory_flops(segments, costs, powerful) / (predictions * costs[powerful])
@@ -294,4 +311,4 @@ def _check_guidance(guidance: str) -> None:
 
 
 def _listed(patches) -> str:
-    return ", ".join(map(str, sorted(patches)))
+    return ", ".join(map(patch_name, sorted(patches)))

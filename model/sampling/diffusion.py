@@ -21,14 +21,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
+from ..layers.patches import Patch
 from ..processes.flow import FlowMatching
 from ..processes.gaussian import GaussianDiffusion
 from .solvers import SDE, Solver, flow_solver, gaussian_solver, slice_inputs
 
 GUIDES = ("none", "null", "same")
 
-# denoise(variables, x [B, H, W, C], t [B], labels [B], mode) -> [B, H, W, C or 2C]
-Denoise = Callable[[Any, Array, Array, Array, int | None], Array]
+# denoise(variables, x [B, .., C], t [B], labels [B], mode) -> [B, .., C or 2C]
+Denoise = Callable[[Any, Array, Array, Array, Patch | None], Array]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,9 +50,9 @@ class Segment:
     """
 
     steps: int
-    mode: int | None = None
+    mode: Patch | None = None
     guide: str = "null"
-    guide_mode: int | None = None
+    guide_mode: Patch | None = None
     scale: float | None = None
 
     def __post_init__(self):

@@ -1,7 +1,8 @@
 """Training and evaluation data: every batch is a pure function of seed, step and row.
 
 `open_data(config, split=..., seed=..., batch_size=...)` is the way in for text, `open_image_data`,
-`open_code_data` and `open_latent_data` for images, their codes and their latents; `open.open_split`
+`open_code_data` and `open_latent_data` for images, their codes and their latents,
+`open_video_data` for videos; `open.open_split`
 takes any run.
 """
 
@@ -17,6 +18,7 @@ from .image_dataset import ImageDataset, open_image_data
 from .image_files import write_array_records
 from .latents import LatentDataset, open_latent_data
 from .stream import evaluation_batches, image_tokens, pack_documents
+from .videos import VideoDataset, open_video_data
 from .vocab import ByteVocab, SentencePieceVocab, load_vocab, train_sentencepiece
 
 __all__ = [
@@ -26,6 +28,7 @@ __all__ = [
     "LMDataset",
     "LatentDataset",
     "SentencePieceVocab",
+    "VideoDataset",
     "evaluation_batches",
     "gzip_bits_per_byte",
     "image_tokens",
@@ -34,6 +37,7 @@ __all__ = [
     "open_data",
     "open_image_data",
     "open_latent_data",
+    "open_video_data",
     "pack_documents",
     "prepare_data",
     "raw_validation_bytes",

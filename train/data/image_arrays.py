@@ -78,12 +78,14 @@ class ArrayImages(Numbered):
         UserError: another type or shape, labels that do not fit.
     """
 
+    what, axes = "images", 4  # a subclass holds other things
+
     def __init__(self, files: Sequence[Path], class_names: Sequence[str] | None = None):
         open_array.cache_clear()  # files may have changed since they were last opened
         self.files = [str(file) for file in files]
         self.members, labels, names = [], [], class_names
         for file in files:
-            member, these, own_names = _open_file(file)
+            member, these, own_names = _open_file(file, self.what, self.axes)
             self.members.append(member)
             labels.append(these)
             names = own_names if names is None else names
@@ -95,7 +97,7 @@ class ArrayImages(Numbered):
             labels = [np.zeros(int(self._ends[-1]), np.int32)]
         self.labels = np.concatenate(labels).astype(np.int64)
         if len(self.labels) == 0:
-            raise UserError(f"{self.files[0]} holds no images (0 of them); save some there")
+            raise UserError(f"{self.files[0]} holds no {self.what} (0 of them); save some there")
         self.class_names = self._check_labels(names)
         self.labels = self.labels.astype(np.int32)
 
@@ -119,13 +121,13 @@ class ArrayImages(Numbered):
     def name(self, i: int) -> str:
         """File and position of image i."""
         k, position = self._find(i)
-        return f"image {position} of {self.files[k]}"
+        return f"{self.what[:-1]} {position} of {self.files[k]}"
 
     def read(self, i: int) -> tuple[np.ndarray, int]:
-        """([H, W, 3] uint8, label) of image i."""
+        """([H, W, 3] uint8, label) of image i; of a video [F, H, W, 3]."""
         k, position = self._find(i)
         image = np.asarray(open_array(self.members[k])[position])
-        return _three_channels(image), int(self.labels[i])
+        return _three_channels(image, self.axes - 1), int(self.labels[i])
 
     @property
     def fingerprint(self) -> dict:
@@ -134,7 +136,7 @@ class ArrayImages(Numbered):
         for member in self.members:
             array = open_array(member)
             digest.update(str(array.shape).encode() + content_hash(_Bytes(array)).encode())
-        return {"kind": "arrays", "images": len(self), "content": digest.hexdigest()}
+        return {"kind": "arrays", self.what: len(self), "content": digest.hexdigest()}
 
 
 class _Bytes:
@@ -148,15 +150,17 @@ class _Bytes:
         return np.asarray(self.array[i]).reshape(-1)[start:stop]
 
 
-def _three_channels(image: np.ndarray) -> np.ndarray:
-    image = image[..., None] if image.ndim == 2 else image
-    return np.broadcast_to(image, (*image.shape[:2], 3)) if image.shape[2] == 1 else image
+def _three_channels(image: np.ndarray, axes: int) -> np.ndarray:
+    image = image[..., None] if image.ndim < axes else image
+    return np.broadcast_to(image, (*image.shape[:-1], 3)) if image.shape[-1] == 1 else image
 
 
-def _open_file(file: Path) -> tuple[Member, np.ndarray | None, list[str] | None]:
-    """Images, labels and class names of one file."""
+def _open_file(
+    file: Path, what: str, axes: int
+) -> tuple[Member, np.ndarray | None, list[str] | None]:
+    """Images (or videos), labels and class names of one file."""
     if file_size(file) == 0:
-        raise UserError(f"{file} is empty (0 bytes); save the images again")
+        raise UserError(f"{file} is empty (0 bytes); save the {what} again")
     try:
         if file.suffix.lower() == ".npy":
             member = Member(str(file))
@@ -164,7 +168,7 @@ def _open_file(file: Path) -> tuple[Member, np.ndarray | None, list[str] | None]
             labels = open_array(Member(str(beside))) if beside.exists() else None
             names = None
         else:
-            member, labels, names = _open_npz(file)
+            member, labels, names = _open_npz(file, what, axes)
         images = open_array(member)
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         if isinstance(error, UserError):
@@ -172,10 +176,11 @@ def _open_file(file: Path) -> tuple[Member, np.ndarray | None, list[str] | None]
         raise UserError(
             f"cannot read {file} as NumPy arrays ({error}); save it again with np.save or np.savez"
         ) from error
-    if not _fits(images.shape, images.dtype):
+    if not _fits(images.shape, images.dtype, axes):
+        form = "[N, H, W, 3] or, greyscale, [N, H, W]" if axes == 4 else "[N, F, H, W, 3]"
         raise UserError(
-            f"{file} holds a {images.dtype} array of shape {images.shape}; images must be uint8 "
-            "[N, H, W, 3] or, greyscale, [N, H, W]"
+            f"{file} holds a {images.dtype} array of shape {images.shape}; {what} must be uint8 "
+            f"{form}"
         )
     if labels is None:
         return member, None, names
@@ -183,21 +188,25 @@ def _open_file(file: Path) -> tuple[Member, np.ndarray | None, list[str] | None]
     if not np.issubdtype(labels.dtype, np.integer) or not column:
         raise UserError(
             f"the labels of {file} are {labels.dtype} of shape {labels.shape}; they must be "
-            "integers [N], one class id per image"
+            f"integers [N], one class id per {what[:-1]}"
         )
     if labels.size != len(images):
         raise UserError(
-            f"{file} has {len(images)} images but {labels.size} labels; save one label per image"
+            f"{file} has {len(images)} {what} but {labels.size} labels; save one label per "
+            f"{what[:-1]}"
         )
     return member, labels.reshape(-1), names
 
 
-def _fits(shape: tuple[int, ...], dtype: np.dtype) -> bool:
-    sizes = len(shape) == 3 or (len(shape) == 4 and shape[3] in (1, 3))
+def _fits(shape: tuple[int, ...], dtype: np.dtype, axes: int) -> bool:
+    grey = axes == 4 and len(shape) == 3  # of videos [N, F, H, W] could be images as well
+    sizes = grey or (len(shape) == axes and shape[-1] in (1, 3))
     return dtype == np.uint8 and sizes and 0 not in shape[1:]
 
 
-def _open_npz(file: Path) -> tuple[Member, np.ndarray | None, list[str] | None]:
+def _open_npz(
+    file: Path, what: str, axes: int
+) -> tuple[Member, np.ndarray | None, list[str] | None]:
     with zipfile.ZipFile(file) as archive:
         held = [n.removesuffix(".npy") for n in archive.namelist() if n.endswith(".npy")]
         headers = {}
@@ -205,13 +214,13 @@ def _open_npz(file: Path) -> tuple[Member, np.ndarray | None, list[str] | None]:
             with archive.open(f"{name}.npy") as inside:
                 shape, _, dtype = _read_header(inside)
                 headers[name] = (shape, dtype)
-    named = [name for name in ("images", "data") if name in held]
-    fitting = named[:1] or [name for name in held if _fits(*headers[name])]
+    named = [name for name in (what, "data") if name in held]
+    fitting = named[:1] or [name for name in held if _fits(*headers[name], axes)]
     if len(fitting) != 1:
         listed = ", ".join(f"{n} {d} {s}" for n, (s, d) in headers.items()) or "nothing"
         raise UserError(
-            f"{file} should hold one uint8 array 'images' [N, H, W, 3] but holds {listed}; save "
-            "it with np.savez(FILE, images=..., labels=...)"
+            f"{file} should hold one uint8 array {what!r} [N, {'F, ' * (axes == 5)}H, W, 3] but "
+            f"holds {listed}; save it with np.savez(FILE, {what}=..., labels=...)"
         )
     labels = next((n for n in ("labels", "label", "arr_1") if n in held and n not in fitting), None)
     names = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..schema import CodeData, ImageData, LatentData, Run
+from ..schema import CodeData, ImageData, LatentData, Run, VideoData
 from .dataset import open_data
 
 
@@ -17,8 +17,8 @@ def open_split(run: Run, split: str, run_dir: str | Path, encoded: str | Path | 
         encoded: folder of codes or latents, for `CodeData` and `LatentData`.
 
     Returns:
-        `LMDataset`, `ImageDataset`, `CodeDataset` or `LatentDataset`; all have fingerprint,
-        num_batches, batch, iterate and description.
+        `LMDataset`, `ImageDataset`, `VideoDataset`, `CodeDataset` or `LatentDataset`; all have
+        fingerprint, num_batches, batch, iterate and description.
 
     Raises:
         UserError: whatever the user can mend.
@@ -29,6 +29,10 @@ def open_split(run: Run, split: str, run_dir: str | Path, encoded: str | Path | 
         from .image_dataset import open_image_data
 
         return open_image_data(run.data, **common)
+    if isinstance(run.data, VideoData):
+        from .videos import open_video_data
+
+        return open_video_data(run.data, **common)
     if isinstance(run.data, CodeData):
         from .codes import open_code_data
 

@@ -10,14 +10,13 @@ import numpy as np
 from lintime.model.layers.flexible import (
     deembedding_projection,
     embedding_projection,
-    from_patches,
     lift_deembedding,
     lift_embedding,
     resize_deembedding,
     resize_embedding,
     resize_matrix,
-    to_patches,
 )
+from lintime.model.layers.patches import patchify, unpatchify
 
 from ..compare import Report
 
@@ -86,8 +85,9 @@ def video_embed(report: Report) -> None:
     for patch in map(tuple, config["patches"]):
         name = "p" + "x".join(map(str, patch))
         kernel = resize_embedding(device[0], star, patch, method)
-        report.check(f"{name}_tokens", to_patches(x, patch) @ kernel)
+        report.check(f"{name}_tokens", patchify(x, patch) @ kernel)
         out, bias = (resize_deembedding(a, star, patch, method) for a in device[1:])
         pixels = jnp.asarray(report.input(f"{name}_hidden")) @ out + bias
-        video = from_patches(pixels, patch, x.shape[1:-1])
+        grid = [n // p for n, p in zip(x.shape[1:-1], patch)]
+        video = unpatchify(pixels, patch, grid)
         report.check(f"{name}_out", jnp.moveaxis(video, -1, 1))
