@@ -12,7 +12,7 @@ def load(path, **options):
     Options and errors are those of `lintime.train.load.load`, which imports JAX only when it is
     called.
     """
-    from .train.load import load
+    from .train.loaded.load import load
 
     return load(path, **options)
 

@@ -8,10 +8,10 @@ import numpy as np
 
 from lintime.model.convert.names import flatten
 from lintime.model.nets.transformer_vq import TransformerVQ
-from lintime.train import convert as command
 from lintime.train.checkpoint import restore_inference
 from lintime.train.config_files import read_config
-from lintime.train.tasks import make_task
+from lintime.train.convert import command as command
+from lintime.train.tasks.table import make_task
 
 MAIN = {
     "dtype": "float32", "block_len": 4, "mem_len": 6, "agg_cache": 1, "grad_thru_cache": 0,

@@ -15,13 +15,14 @@ import pytest
 from PIL import Image
 
 import lintime
-from lintime.train import encode, loop
+from lintime.train import loop
 from lintime.train.cli import main
 from lintime.train.config_files import from_json, to_json
-from lintime.train.convert import convert, export
+from lintime.train.convert.command import convert, export
+from lintime.train.encoders.tokenizer import load_tokenizer
 from lintime.train.errors import UserError
 from lintime.train.override import apply_overrides
-from lintime.train.tokenizer import load_tokenizer
+from lintime.train.prepare import encode
 from lintime.train.validate import validate
 from tests.tiny import assert_same, quick, read_lines, saved_state
 from tests.tiny_images import CLASSES, SIZE, aim_run, tokenizer_run, write_images

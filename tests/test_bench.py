@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from lintime.kernels_pallas import vq_attention as vq
-from lintime.train import bench, bench_measure
+from lintime.train.bench import attention as bench
+from lintime.train.bench import attention_measure as bench_measure
 from lintime.train.cli import main
 from lintime.train.errors import UserError
 
@@ -106,8 +107,9 @@ def test_parts_of_the_op(tmp_path, capsys):
 
 def test_children_need_no_data_reader():
     code = (
-        "import sys; sys.modules['grain'] = None; import lintime.train.bench_measure\n"
-        "from lintime.train import bench; print(bench._work({'kind': 'device'}, True))"
+        "import sys; sys.modules['grain'] = None; import lintime.train.bench.attention_measure\n"
+        "from lintime.train.bench import attention as bench\n"
+        "print(bench._work({'kind': 'device'}, True))"
     )
     child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert child.returncode == 0, child.stderr

@@ -5,8 +5,9 @@ import json
 
 import pytest
 
-from lintime.train import bench, bench_aim
-from lintime.train.bench_aim import FORMS, SIZES, cache_bytes, floors, make_run, peak_bandwidth
+from lintime.train.bench import aim as bench_aim
+from lintime.train.bench import attention as bench
+from lintime.train.bench.aim import FORMS, SIZES, cache_bytes, floors, make_run, peak_bandwidth
 from lintime.train.cli import main
 
 pytestmark = pytest.mark.host

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from lintime.model.nets.dit import DiTConfig
-from lintime.train import bench, bench_dit
-from lintime.train.bench_dit import SIZES, flexible_config, make_run, schedules, step_by_step
+from lintime.train.bench import attention as bench
+from lintime.train.bench import dit as bench_dit
+from lintime.train.bench.dit import SIZES, flexible_config, make_run, schedules, step_by_step
 from lintime.train.cli import main
 
 H200 = {"platform": "gpu", "kind": "NVIDIA H200", "count": 1, "memory": 150e9, "jax": "0.0.0"}

@@ -5,8 +5,8 @@ import json
 import jax
 import pytest
 
-from lintime.train import bench_ssm
-from lintime.train.bench_ssm import Case, cases, floor_bytes
+from lintime.train.bench import ssm as bench_ssm
+from lintime.train.bench.ssm import Case, cases, floor_bytes
 from lintime.train.cli import main
 
 

@@ -13,7 +13,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from lintime.kernels_pallas import compat, dispatch
-from lintime.train import bench_ssm
+from lintime.train.bench import ssm as bench_ssm
 
 from .aot import cuda_device
 

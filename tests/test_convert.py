@@ -11,7 +11,7 @@ import pytest
 from lintime.model.convert import transformer_vq as layouts
 from lintime.model.convert.names import flatten
 from lintime.model.nets.transformer_vq import TransformerVQConfig, make_mixer
-from lintime.train.convert_vq import FROM
+from lintime.train.convert.transformer_vq import FROM
 from tests.conversion import (
     MAIN,
     OPTIMIZED,

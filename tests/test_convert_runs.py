@@ -8,8 +8,8 @@ import pytest
 
 from lintime.model.convert import transformer_vq as layouts
 from lintime.model.convert.names import flatten, nest
-from lintime.train import convert as command
 from lintime.train.config_files import read_config
+from lintime.train.convert import command as command
 from lintime.train.errors import UserError
 from lintime.train.schema import Data, Run
 from tests.conversion import (

@@ -12,9 +12,9 @@ import pytest
 from lintime.model.convert.dense_to_vq import dense_to_vq, kmeans
 from lintime.model.convert.names import flatten
 from lintime.model.nets.transformer_vq import TransformerVQ, TransformerVQConfig, absorb
-from lintime.train import convert as command
 from lintime.train.checkpoint import save_inference
 from lintime.train.config_files import save_config
+from lintime.train.convert import command as command
 from lintime.train.errors import UserError
 from lintime.train.schema import Data, Run
 from tests.conversion import abstract_variables, assert_same, cli, restored

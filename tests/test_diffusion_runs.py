@@ -20,14 +20,14 @@ from lintime.model.sampling.classes import row_keys
 from lintime.train import loop
 from lintime.train.arrays import encode_arrays
 from lintime.train.cli import main
-from lintime.train.encoding import encode_data
 from lintime.train.errors import UserError
 from lintime.train.evaluate import make_evaluator
 from lintime.train.finish import finish
 from lintime.train.override import apply_overrides
-from lintime.train.pictures import to_uint8
+from lintime.train.prepare.encoding import encode_data
+from lintime.train.samples.pictures import to_uint8
 from lintime.train.schema import DiffusionSample, LatentData, Run
-from lintime.train.tasks import make_task
+from lintime.train.tasks.table import make_task
 from lintime.train.validate import validate
 from tests import autoencoder_vectors as vectors
 from tests.tiny import assert_close, assert_same, quick, read_lines, saved_state, values

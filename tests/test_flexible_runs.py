@@ -14,14 +14,14 @@ import lintime
 from lintime.model.nets.flexidit import mode_params
 from lintime.train import loop
 from lintime.train.cli import main
+from lintime.train.convert.flexify import flexify_run
 from lintime.train.errors import UserError
 from lintime.train.finish import finish
-from lintime.train.flexify import flexify_run
-from lintime.train.loaded_flexible import flexible_flops, flexible_segments
+from lintime.train.loaded.flexible import flexible_flops, flexible_segments
 from lintime.train.override import apply_overrides
 from lintime.train.schema import Mesh
 from lintime.train.step import init_state, make_train_step
-from lintime.train.tasks import make_task
+from lintime.train.tasks.table import make_task
 from lintime.train.validate import validate
 from tests.tiny import assert_same, quick, read_lines, saved_state
 from tests.tiny_diffusion import dit_run, flexible_run, stopped_after

@@ -15,11 +15,11 @@ from lintime.model.processes.gaussian import GaussianDiffusion
 from lintime.train.checkpoint import restore_inference, save_inference
 from lintime.train.cli import main
 from lintime.train.config_files import read_config, save_config
+from lintime.train.convert.flexify import flexify_run, parse_sizes
 from lintime.train.errors import UserError
-from lintime.train.flexify import flexify_run, parse_sizes
-from lintime.train.load import load
+from lintime.train.loaded.load import load
 from lintime.train.schema import DiffusionSample, ImageData, Run
-from lintime.train.task_flexible import split_base
+from lintime.train.tasks.flexible import split_base
 
 NET = DiTConfig(
     input_size=8, patch_size=2, in_channels=3, d_model=16, n_layer=2, n_head=2, num_classes=3

@@ -10,11 +10,11 @@ import pytest
 import lintime
 from lintime.train import loop
 from lintime.train.cli import main
-from lintime.train.convert import convert, export
+from lintime.train.convert.command import convert, export
 from lintime.train.errors import UserError
 from lintime.train.finish import evaluate_run, finish, sample_run
 from lintime.train.override import apply_overrides
-from lintime.train.pictures import to_uint8
+from lintime.train.samples.pictures import to_uint8
 from lintime.train.validate import validate
 from tests.tiny import quick
 from tests.tiny_images import SIZE, aim_run, tokenizer_run, write_images

@@ -16,14 +16,18 @@ from lintime.model.convert.autoencoder_kl import autoencoder_shapes
 from lintime.model.nets.autoencoder_kl import AutoencoderKLConfig
 from lintime.train import cli
 from lintime.train.arrays import encode_arrays
-from lintime.train.autoencoder import LoadedAutoencoder, check_autoencoder, load_autoencoder
 from lintime.train.data import LatentDataset, open_latent_data
 from lintime.train.data.crops import to_unit, views_of
 from lintime.train.data.image_sources import find_image_splits
 from lintime.train.data.latents import LatentsInfo
 from lintime.train.data.open import open_split
+from lintime.train.encoders.autoencoder import (
+    LoadedAutoencoder,
+    check_autoencoder,
+    load_autoencoder,
+)
 from lintime.train.errors import UserError
-from lintime.train.prepare import prepare_latents
+from lintime.train.prepare.command import prepare_latents
 from lintime.train.schema import DATA, ImageData, LatentData, Run
 from tests import autoencoder_vectors as vectors
 from tests.tiny import quick

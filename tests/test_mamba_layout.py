@@ -15,8 +15,8 @@ from lintime.model.convert import mamba as layout_of
 from lintime.model.convert.names import flatten
 from lintime.model.nets.mamba_lm import MambaLM
 from lintime.train import arrays
-from lintime.train import convert as command
 from lintime.train.config_files import read_config
+from lintime.train.convert import command as command
 from lintime.train.data import load_vocab
 from lintime.train.errors import UserError
 from tests.conversion import assert_same, cli, random_arrays, shapes_of

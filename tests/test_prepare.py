@@ -12,12 +12,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lintime.train import encode, prepare
 from lintime.train.data import open_code_data
 from lintime.train.data.crops import to_unit, views_of
 from lintime.train.data.image_sources import find_image_splits
 from lintime.train.errors import UserError
-from lintime.train.prepare import prepare_codes
+from lintime.train.prepare import command as prepare
+from lintime.train.prepare import encode
+from lintime.train.prepare.command import prepare_codes
 from lintime.train.schema import CodeData, ImageData
 
 SIZE = 8
@@ -263,9 +264,9 @@ def test_codes_out_of_range_are_a_bug(images, tmp_path, value, words):
 
 def test_command(images, tmp_path, monkeypatch, capsys):
     loaded = []
-    module = types.ModuleType("lintime.train.tokenizer")
+    module = types.ModuleType("lintime.train.encoders.tokenizer")
     module.load_tokenizer = lambda path: loaded.append(path) or Patches()
-    monkeypatch.setitem(sys.modules, "lintime.train.tokenizer", module)
+    monkeypatch.setitem(sys.modules, "lintime.train.encoders.tokenizer", module)
     parser = argparse.ArgumentParser()
     prepare.add_arguments(parser)
     out = tmp_path / "out"

@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lintime.train import prepare
 from lintime.train.data.image_sources import find_image_splits
 from lintime.train.data.text_features import TextFeatures
+from lintime.train.encoders.text import TextEncoding
 from lintime.train.errors import UserError
-from lintime.train.prepare_text import prepare_text, read_captions
+from lintime.train.prepare import command as prepare
+from lintime.train.prepare.text import prepare_text, read_captions
 from lintime.train.schema import ImageData
-from lintime.train.text_encoder import TextEncoding
 
 
 class Letters:
@@ -140,7 +140,7 @@ def test_features_beyond_float16_are_refused(images, tmp_path):
 def test_command(images, tmp_path, monkeypatch, capsys):
     parser = argparse.ArgumentParser()
     prepare.add_arguments(parser)
-    monkeypatch.setattr("lintime.train.text_encoder.load_text_encoder", lambda *a, **k: Letters())
+    monkeypatch.setattr("lintime.train.encoders.text.load_text_encoder", lambda *a, **k: Letters())
     words = ["text", images.path, "--encoder", "clip", "--out", str(tmp_path / "out")]
     prepare.run_command(parser.parse_args(words))
     assert "net.context_dim=2 net.context_length=6" in capsys.readouterr().out

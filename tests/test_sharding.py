@@ -20,7 +20,7 @@ from lintime.train.mesh import (
 )
 from lintime.train.schema import Mesh
 from lintime.train.step import init_state, make_train_step
-from lintime.train.tasks import make_task
+from lintime.train.tasks.table import make_task
 from tests.tiny import assert_close, quick, saved_state, tiny_run, train_lines, values, write_text
 
 pytestmark = pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices")

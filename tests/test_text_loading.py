@@ -13,8 +13,8 @@ from lintime.model.convert import t5 as t5_layout
 from lintime.model.nets.clip import Clip, ClipConfig, ClipTextConfig
 from lintime.model.nets.t5 import T5Config, T5Encoder
 from lintime.train.data.captions import ClipVocab, clean, split_words
+from lintime.train.encoders.text import load_text_encoder
 from lintime.train.errors import UserError
-from lintime.train.text_encoder import load_text_encoder
 from tests import text_vectors as vectors
 from tests.tiny import quick
 

@@ -15,13 +15,13 @@ from lintime.train import loop
 from lintime.train.checkpoint import Checkpoints, save_inference
 from lintime.train.config_files import save_config
 from lintime.train.errors import UserError
-from lintime.train.load import load
+from lintime.train.loaded.load import load
 from lintime.train.mesh import make_mesh, put_batch, state_shardings
 from lintime.train.override import apply_overrides
 from lintime.train.schema import Mesh, Precision
 from lintime.train.step import init_state, make_train_step
-from lintime.train.task_tokenizer import lpips_weights
-from lintime.train.tasks import make_task
+from lintime.train.tasks.table import make_task
+from lintime.train.tasks.tokenizer import lpips_weights
 from lintime.train.validate import validate
 from tests.golden.quick import quick_jit
 from tests.tiny import (

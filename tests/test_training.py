@@ -15,7 +15,7 @@ from lintime.train.errors import UserError
 from lintime.train.mesh import make_mesh
 from lintime.train.schema import Mesh
 from lintime.train.step import init_state, make_train_step
-from lintime.train.tasks import make_task
+from lintime.train.tasks.table import make_task
 from lintime.train.track import plot_curves
 from tests.tiny import (
     abstract_state,

@@ -25,11 +25,11 @@ from lintime.model.sampling.budget import dit_flops, plan
 from lintime.train import loop
 from lintime.train.cli import main
 from lintime.train.config_files import from_json, to_json
+from lintime.train.convert.flexify import flexify_run
 from lintime.train.data.videos import MovingDigits, bounce, open_video_data
 from lintime.train.errors import UserError
-from lintime.train.flexify import flexify_run
 from lintime.train.override import apply_overrides
-from lintime.train.pictures import picture_grid, save_mp4, save_picture
+from lintime.train.samples.pictures import picture_grid, save_mp4, save_picture
 from lintime.train.schema import VideoData
 from lintime.train.validate import validate
 from tests.tiny import assert_same, quick, read_lines, saved_state

@@ -22,7 +22,7 @@ from lintime.train.config_files import save_config
 from lintime.train.override import apply_overrides
 from lintime.train.schema import Checkpoint, Data, Eval, Log, Optim, Run, Sample
 from lintime.train.step import init_state
-from lintime.train.tasks import make_task
+from lintime.train.tasks.table import make_task
 
 NET = TransformerVQConfig(
     d_model=16, n_layer=1, d_k=8, d_v=16, n_code=8, block_len=4, mem_len=4, commit_weight=0.1

@@ -20,7 +20,7 @@ from .checkpoint import FOLDER, restore_inference
 from .config_files import from_json
 from .errors import UserError
 from .schema import Run
-from .tasks import make_task
+from .tasks.table import make_task
 
 # Names of the weights within a folder, by format; the first that is there is read.
 WEIGHTS = {"safetensors": "model.safetensors", "bin": "pytorch_model.bin", "npz": "model.npz"}

@@ -169,22 +169,22 @@ def _parser() -> _Parser:
         "Every variant is checked against the reference path first. Writes a table and a PNG.\n"
         "Example: lintime bench --lengths 2048 8192 --variants dense-flash vq-serial",
     )  # fmt: skip
-    from .bench import add_arguments as bench_arguments
+    from .bench.attention import add_arguments as bench_arguments
 
     bench_arguments(sub)
 
     sub = add("prepare", _prepare, "Encode images once, into token codes or latents, to train on.")
-    from .prepare import add_arguments as prepare_arguments
+    from .prepare.command import add_arguments as prepare_arguments
 
     prepare_arguments(sub)
 
     sub = add("convert", _convert, "Published checkpoints to runs and back; dense attention to VQ.")
-    from .convert import add_arguments as convert_arguments
+    from .convert.command import add_arguments as convert_arguments
 
     convert_arguments(sub)
 
     sub = add("flexify", _flexify, "Turn a trained DiT into one that takes several patch sizes.")
-    from .flexify import add_arguments as flexify_arguments
+    from .convert.flexify import add_arguments as flexify_arguments
 
     flexify_arguments(sub)
     return parser
@@ -249,25 +249,25 @@ def _sample(arguments: argparse.Namespace) -> None:
 
 
 def _bench(arguments: argparse.Namespace) -> None:
-    from .bench import bench
+    from .bench.attention import bench
 
     bench(arguments)
 
 
 def _convert(arguments: argparse.Namespace) -> None:
-    from .convert import run_command
+    from .convert.command import run_command
 
     run_command(arguments)
 
 
 def _flexify(arguments: argparse.Namespace) -> None:
-    from .flexify import run_command
+    from .convert.flexify import run_command
 
     run_command(arguments)
 
 
 def _prepare(arguments: argparse.Namespace) -> None:
-    from .prepare import run_command
+    from .prepare.command import run_command
 
     run_command(arguments)
 

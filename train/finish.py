@@ -15,14 +15,14 @@ from ..model.nets.vq_tokenizer import VQTokenizerConfig
 from ..model.partition import parameter_shardings
 from .config_files import read_config
 from .data.open import open_split
-from .encoding import FOLDERS, encoded_dir
 from .errors import UserError
 from .evaluate import make_evaluator
 from .launch import program
-from .loaded_flexible import mode_costs
+from .loaded.flexible import mode_costs
 from .loop import Result
 from .mesh import check_batch, make_mesh
 from .override import apply_overrides, diff
+from .prepare.encoding import FOLDERS, encoded_dir
 from .schema import (
     CodeData,
     Data,
@@ -35,7 +35,7 @@ from .schema import (
 )
 from .stages import resolve, stages_of
 from .state import TrainState
-from .tasks import make_task
+from .tasks.table import make_task
 from .validate import validate
 
 # Groups of fields that each command reads; a run's other settings are those it was trained with.
@@ -60,7 +60,7 @@ def finish(run: Run, result: Result, words: Sequence[str]) -> None:
         print(f"\nstopped at step {result.step}{where}; to continue, run the same command:")
         print(f"  {command}")
         return
-    from .load import load
+    from .loaded.load import load
 
     print(f"\nvalidation after {result.step} updates:")
     figures = dict(result.metrics)
@@ -139,15 +139,15 @@ def _budget_line(run: Run, command: str) -> list[str]:
 def draw(loaded, sample, seed: int) -> list:
     """Draw from a loaded run as its kind asks for: text, images by class, or reconstructions."""
     if isinstance(sample, Sample):
-        from .sample import sample_text
+        from .samples.command import sample_text
 
         return sample_text(loaded, sample, seed=seed)
     if isinstance(sample, FlexibleSample) and len(sample.budgets) > 1:
-        from .sample_budgets import sample_budgets
+        from .samples.budgets import sample_budgets
 
         return sample_budgets(loaded, sample, seed=seed)
-    from .sample_images import sample_classes, sample_reconstructions
-    from .tokenizer import LoadedTokenizer
+    from .encoders.tokenizer import LoadedTokenizer
+    from .samples.images import sample_classes, sample_reconstructions
 
     kind = sample_reconstructions if isinstance(loaded, LoadedTokenizer) else sample_classes
     return kind(loaded, sample, seed=seed)
@@ -282,7 +282,7 @@ def _changed(run_dir: Path, overrides: list[str], command: str, allowed: tuple[s
 
 def _load(run_dir: str | Path, run: Run, step: int | None):
     """The weights, with what `run` names besides checked against what it was trained with."""
-    from .load import load
+    from .loaded.load import load
 
     options = dict(step=step, precision=run.precision)
     if isinstance(run.data, Data):

@@ -18,17 +18,17 @@ from ..model.partition import unsharded
 from .checkpoint import Checkpoints
 from .config_files import check_continuation, read_config, save_config
 from .data.open import open_split
-from .encoding import encode_data
 from .errors import UserError, told_as
 from .evaluate import make_evaluator
 from .launch import StopRequest, agree, stop_on_signals
 from .mesh import check_batch, local_rows, make_mesh, put_batch, state_shardings
 from .metrics import Clock
+from .prepare.encoding import encode_data
 from .schema import Checkpoint, CodeData, ImageData, Run
 from .stages import check_stages, is_finished, resolve, stage_dir, stages_of
 from .start import check_fixed, digest, placed, start_from, without
 from .step import init_state, jit_step, make_train_step
-from .tasks import make_task
+from .tasks.table import make_task
 from .track import Tracker, plot_curves, truncate_metrics
 
 

@@ -15,7 +15,7 @@ from .checkpoint import FOLDER, Checkpoints
 from .config_files import check_continuation, read_config
 from .errors import UserError
 from .schema import CodeData, ImageData, Run
-from .task_codes import check_codes
+from .tasks.codes import check_codes
 
 _STAGE = re.compile(r"stage:(\d+)")
 

@@ -12,7 +12,7 @@ import numpy as np
 from ..model.partition import path_string
 from .errors import UserError
 from .state import TrainState
-from .task import Task
+from .tasks.base import Task
 
 
 def start_from(

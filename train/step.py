@@ -14,7 +14,7 @@ from jax import lax
 from .optimizers import make_schedule
 from .schema import Run
 from .state import TrainState
-from .task import Task
+from .tasks.base import Task
 
 
 def init_state(task: Task, run: Run, key: jax.Array) -> TrainState:

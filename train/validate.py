@@ -21,11 +21,11 @@ from ..model.processes.flow import FlowMatching
 from ..model.processes.gaussian import GaussianDiffusion
 from ..model.sampling.diffusion import Segment
 from .config_files import KINDS, unknown_kind
-from .encoding import FOLDERS
 from .errors import UserError
-from .loaded_diffusion import make_sampler, solver_options
-from .loaded_flexible import flexible_segments
+from .loaded.diffusion import make_sampler, solver_options
+from .loaded.flexible import flexible_segments
 from .override import leaves, matches, nearest, type_name
+from .prepare.encoding import FOLDERS
 from .schema import (
     CodeData,
     Data,
@@ -38,7 +38,7 @@ from .schema import (
     Sample,
     VideoData,
 )
-from .task_tokenizer import check_perceptual
+from .tasks.tokenizer import check_perceptual
 
 _TEXT = {"data": Data, "process": Autoregressive, "sample": Sample}
 _IMAGES = {"sample": ImageSample}

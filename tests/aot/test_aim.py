@@ -9,7 +9,7 @@ from lintime.model.sampling.classes import make_class_sampler
 from lintime.train.mesh import ROWS, state_shardings
 from lintime.train.schema import CodeData, ImageSample, Optim, Precision, Run
 from lintime.train.step import init_state, make_train_step
-from lintime.train.tasks import make_task
+from lintime.train.tasks.table import make_task
 from tests.aot import MARKS, compile_for, memory_report, topology_mesh
 
 pytestmark = MARKS

@@ -15,9 +15,9 @@ from ...model.nets.clip import Clip, ClipConfig, unit
 from ..arrays import config_beside, read_arrays, read_hyperparameters
 from ..data.captions import ClipVocab
 from ..data.crops import center_crop, to_unit
+from ..encoders.text import locate_encoder, tokenizer_folder
+from ..encoders.tokenizer import fingerprint_of
 from ..errors import UserError
-from ..text_encoder import locate_encoder, tokenizer_folder
-from ..tokenizer import fingerprint_of
 
 
 @dataclasses.dataclass(frozen=True)

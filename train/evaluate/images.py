@@ -25,7 +25,7 @@ from ...model.nets.inception import (
 )
 from ..arrays import read_arrays
 from ..errors import UserError
-from ..pictures import to_uint8
+from ..samples.pictures import to_uint8
 from .reference import Gaussian, Reference, sha256_of
 from .statistics import (
     NEIGHBOURS,

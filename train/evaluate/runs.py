@@ -9,10 +9,10 @@ import numpy as np
 
 from ..data.batches import pick, row_uniforms
 from ..data.open import open_split
-from ..loaded_images import LoadedImages
+from ..encoders.tokenizer import LoadedTokenizer
+from ..loaded.images import LoadedImages
 from ..mesh import local_rows, make_mesh, put_batch
 from ..schema import Run
-from ..tokenizer import LoadedTokenizer
 from .images import evaluate_generation, evaluate_reconstruction, load_inception
 from .reference import read_reference
 

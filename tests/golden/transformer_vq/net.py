@@ -19,7 +19,7 @@ from lintime.model.convert.transformer_vq import (
 )
 from lintime.model.nets.transformer_vq import TransformerVQ, absorb, attention_names
 from lintime.train.schema import Data, Precision, Run
-from lintime.train.tasks import LanguageModelTask, make_task
+from lintime.train.tasks.table import LanguageModelTask, make_task
 
 from ..compare import EXACT, Report
 from ..quick import quick_jit

@@ -1,0 +1,1 @@
+"""`lintime bench`: what it measures and how it shows it."""

@@ -1,0 +1,1 @@
+"""`lintime convert` and `lintime flexify`: weights of other layouts, and nets made of nets."""

@@ -1,0 +1,96 @@
+"""What is particular to DiT and SiT in `lintime convert`: one layout for two processes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ...model.convert import dit as layout_of
+from ...model.nets.dit import DiTConfig
+from ...model.processes.flow import FlowMatching
+from ...model.processes.gaussian import GaussianDiffusion
+from ..arrays import load_weights
+from ..errors import UserError
+from ..override import apply_overrides
+from ..schema import DiffusionSample, LatentData, Run
+
+LAYOUTS = ("dit", "sit")
+# As the published demos draw; the FID protocols have guidance 1.5.
+DEMO = {
+    "dit": DiffusionSample(count=16, steps=250, guidance=4.0, guidance_channels=3),
+    "sit": DiffusionSample(count=16, method="sde", steps=250, guidance=4.0, guidance_channels=3),
+}
+# What shapes do not tell, and a file without positions.
+TOLD = ("n_head", "class_dropout", "input_size")
+
+
+def recognises(flat: Mapping[str, np.ndarray]) -> bool:
+    """Whether names are those of a DiT."""
+    return layout_of.PATCH in flat
+
+
+def to_run(
+    flat: Mapping[str, np.ndarray],
+    *,
+    layout: str | None,
+    config: Run | None,
+    reference: Mapping[str, Any] | None,
+    overrides: Sequence[str],
+    source: str | Path,
+) -> tuple[Run, dict[str, Any]]:
+    """A run and its {"params", "stats"} from published arrays; arguments as of `convert`.
+
+    Names and shapes tell all sizes of the published models. They do not tell whether the net was
+    trained to diffuse (layout "dit", the default) or to follow a flow ("sit").
+
+    Raises:
+        UserError: not this layout, or hyperparameters that are missing or do not fit.
+    """
+    try:
+        if config is None:
+            net = _net(flat, reference, overrides)
+            flow = layout == "sit"
+            variance = "learned_range" if net.learn_sigma else "fixed_large"
+            process = FlowMatching() if flow else GaussianDiffusion(variance=variance)
+            sample = DEMO["sit" if flow else "dit"]
+            config = Run(net=net, process=process, data=LatentData(), sample=sample)
+        run = apply_overrides(config, overrides)
+        if not isinstance(run.net, DiTConfig):
+            raise UserError(f"{source} is a DiT checkpoint, the config is of another net")
+        return run, {"params": layout_of.dit_from_reference(flat, run.net), "stats": {}}
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(f"{source}: {error}") from error
+
+
+def _net(flat, reference, overrides) -> DiTConfig:
+    """The net that hyperparameters, or else the arrays and `overrides`, tell."""
+    if reference is not None:
+        return layout_of.dit_config_from_fields(reference)
+    told = {o.partition("=")[0].strip().removeprefix("net."): o for o in overrides}
+    given = apply_overrides(Run(net=DiTConfig()), [told[n] for n in TOLD if n in told]).net
+    known = {name: getattr(given, name) for name in TOLD if name in told}
+    return layout_of.dit_config_from_reference(flat, **known)
+
+
+def from_run(
+    run: Run, run_dir: str | Path, layout: str | None
+) -> tuple[str, dict[str, Any], dict[str, np.ndarray]]:
+    """Layout, hyperparameters and arrays under the published names; arguments as of `export`.
+
+    Raises:
+        UserError: the layout cannot hold the model, or is that of the other process.
+    """
+    fits = "sit" if isinstance(run.process, FlowMatching) else "dit"
+    if layout not in (None, fits):
+        raise UserError(f"{run_dir} was trained for layout {fits}, not {layout}; use that")
+    try:
+        reference = layout_of.dit_fields(run.net)
+    except ValueError as error:
+        raise UserError(f"{run_dir} does not fit the layout: {error}") from error
+    params = load_weights(run, run_dir)["params"]
+    return fits, reference, layout_of.dit_to_reference(params, run.net)

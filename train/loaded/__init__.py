@@ -1,0 +1,1 @@
+"""Trained models, loaded for use; `load.load` is the way in."""

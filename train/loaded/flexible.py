@@ -1,0 +1,115 @@
+"""A FlexiDiT, loaded for use: images at a choice of compute budgets."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import jax
+
+from ...model.nets.dit import DiT
+from ...model.nets.flexidit import (
+    FlexiDiTConfig,
+    flexible_denoiser,
+    materialise,
+    mode_config,
+    mode_flops,
+)
+from ...model.sampling.budget import plan
+from ...model.sampling.diffusion import Segment, guided_iterations
+from ..flops import count_flops
+from ..schema import FlexibleSample
+from .diffusion import LoadedDiffusion, jit_sampler, solver_options
+
+
+class LoadedFlexible(LoadedDiffusion):
+    """The weights of a FlexiDiT run; see `LoadedDiffusion`."""
+
+    @property
+    def num_classes(self) -> int:
+        return self.config.net.base.num_classes
+
+    @property
+    def tree(self) -> dict:
+        """All parameters, the frozen base of adapters included, as `mode_params` takes them."""
+        return {**self.params, **self.stats}
+
+    @functools.cached_property
+    def modes(self) -> dict:
+        """{patch: parameters of the DiT of that patch}, adapters merged; what they share is not
+        copied."""
+        return materialise(self.config.net, self.tree)
+
+    def sampler(self, settings: FlexibleSample | None = None) -> Callable:
+        """A jitted sampler(modes, keys, labels, *, guidance=None), see `LoadedDiffusion.sampler`,
+        at the first of `settings.budgets`: one compiled program of all its patch sizes."""
+        settings = settings or self.config.sample
+        options = solver_options(settings)
+        options.pop("steps")
+        return self._cached(
+            _make_sampler, config=self.config.net, process=self.config.process,
+            segments=flexible_segments(self.config.net, settings, settings.budgets[0]), **options,
+        )  # fmt: skip
+
+    def drawer(self, settings):
+        draw = self.sampler(settings)
+        guidance = None if settings.guidance == 1.0 else settings.guidance
+        return self._to_pixels(
+            lambda keys, labels: draw(self.modes, keys, labels, guidance=guidance)
+        )
+
+
+def _make_sampler(net: DiT, *, config: FlexiDiTConfig, process, segments, **options) -> Callable:
+    denoise = flexible_denoiser(config, dtype=net.dtype, unroll=net.unroll)
+    return jit_sampler(denoise, config.base, process, segments, **options)
+
+
+def flexible_segments(
+    config: FlexiDiTConfig, s: FlexibleSample, budget: float
+) -> tuple[Segment, ...]:
+    """What is done at which step, for one of the budgets of a `FlexibleSample`.
+
+    Raises:
+        ValueError: a budget that cannot be met, or no such patch size.
+    """
+    weak = s.weak or config.weak
+    # Without guidance no step of the base's patch size has a guide that would make it cheaper.
+    guide = "cfg" if s.guidance == 1.0 else s.guide
+    fixed = dict(powerful=config.powerful, weak=weak, guidance=guide)
+    segments = plan(s.steps, mode_costs(config), budget=budget, **fixed)
+    if not s.weak_guidance:
+        return segments
+    scales = [s.weak_guidance if part.mode == weak else None for part in segments]
+    weak_steps = sum(part.steps for part in segments if part.mode == weak)
+    return plan(s.steps, mode_costs(config), weak_steps=weak_steps, scales=scales, **fixed)
+
+
+def flexible_flops(config: FlexiDiTConfig, s: FlexibleSample, budget: float) -> float:
+    """Multiply-adds of one image drawn at a budget, in the unit of DiT's "Gflops"; guiding
+    predictions count where they are made."""
+    costs, total = mode_costs(config), 0.0
+    parts = [part for part in flexible_segments(config, s, budget) for _ in range(part.steps)]
+    for part, acts in zip(parts, guided_iterations(s.steps, s.guidance_interval)):
+        scale = s.guidance if part.scale is None else part.scale
+        total += costs[part.mode]
+        if acts and scale != 1.0 and part.guide != "none":
+            total += costs[part.guide_mode or part.mode]
+    return (2 if s.method == "heun" else 1) * total
+
+
+@functools.lru_cache(maxsize=8)
+def mode_costs(config: FlexiDiTConfig) -> dict[int, float]:
+    """{patch: multiply-adds of a prediction}: DiT's formula, or counted where the mixer is another
+    than attention."""
+    if config.base.mixer == "attention":
+        return mode_flops(config)
+
+    def counted(patch):
+        dit = mode_config(config, patch)
+        x = jax.ShapeDtypeStruct((1, *dit.shape), "float32")
+        one = jax.ShapeDtypeStruct((1,), "int32")
+        net = DiT(dit)
+        variables = jax.eval_shape(net.init, jax.random.key(0), x, one, one)
+        return count_flops(lambda *a: net.apply(*a)[0], variables, x, one, one) / 2
+
+    return {patch: counted(patch) for patch in sorted(config.patch_sizes)}

@@ -1,0 +1,1 @@
+"""`lintime prepare`: what is computed once, ahead of training."""

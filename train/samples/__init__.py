@@ -1,0 +1,1 @@
+"""`lintime sample`: what a person sees of a model, as text, pictures and files."""

@@ -1,0 +1,147 @@
+"""Training of diffusion and flow-matching models: DiT (arXiv 2212.09748) and its relatives."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from ...model.nets.autoencoder_kl import sample_posterior
+from ...model.nets.dit import DiT, DiTConfig
+from ...model.processes import flow, gaussian
+from ...model.processes.flow import FlowMatching
+from ..errors import UserError
+from ..schema import LatentData, Run, VideoData
+from .base import Task
+
+
+class DiffusionTask(Task):
+    """The loss of `run.process` at random times, over images, videos or latents.
+
+    Class dropout acts in training only. Validation visits, for image i of a batch of B, the times
+    (i + u) / B of the process with a fixed u and fixed noise, so that its loss has little noise of
+    its own and is the same at every validation but for the weights.
+    """
+
+    metric = "loss"
+
+    @property
+    def unit(self) -> str:
+        return pixels_of(self.run.data)
+
+    @property
+    def dit(self) -> DiTConfig:
+        """Sizes of images or videos, and classes."""
+        return self.run.net
+
+    @property
+    def net(self) -> DiT:
+        precision = self.run.precision
+        return DiT(self.dit, self.dtype, precision.remat, precision.unroll)
+
+    def abstract_batch(self):
+        rows, data = self.run.batch_size, self.run.data
+        shape = (rows, *self.dit.shape)
+        names = ("mean", "logvar") if isinstance(data, LatentData) else (pixels_of(data),)
+        return {
+            **{name: jax.ShapeDtypeStruct(shape, "float32") for name in names},
+            "labels": jax.ShapeDtypeStruct((rows,), "int32"),
+            "valid": jax.ShapeDtypeStruct((rows,), "bool"),
+        }
+
+    def init(self, key):
+        x = jnp.zeros((1, *self.dit.shape))
+        variables = self.net.init({"params": key}, x, jnp.zeros((1,)), jnp.zeros((1,), jnp.int32))
+        return {"params": variables["params"], "stats": {}}
+
+    def loss(self, params, stats, carry, batch, key):
+        key = jax.random.fold_in(key, batch["step"])
+        keys = dict(zip(("times", "noise", "dropout", "latents"), jax.random.split(key, 4)))
+        x = self._clean(batch, keys["latents"])
+        t = self._process.draw_times(self.run.process, keys["times"], x.shape[0])
+        noise = jax.random.normal(keys["noise"], x.shape)
+        rngs = {"dropout": keys["dropout"]}
+        losses, parts = self._losses(params, stats, x, batch["labels"], t, noise, rngs)
+        total, weight = jnp.sum(losses), jnp.float32(x.shape[0])
+        sums = {name: jnp.sum(value) for name, value in parts.items()} | {"rows": weight}
+        return total, weight, {}, carry, {"sum": sums, "mean": {}}
+
+    def report(self, sums):
+        rows = jnp.maximum(sums["rows"], 1.0)
+        return {name: value / rows for name, value in sums.items() if name not in ("rows", "loss")}
+
+    def evaluate(self, params, stats, batch):
+        valid = batch["valid"].astype(jnp.float32)
+        key = jax.random.fold_in(jax.random.key(0), batch["step"])
+        times, noise, latents = jax.random.split(key, 3)
+        x = self._clean(batch, latents)
+        t = self._process.spread_times(self.run.process, times, x.shape[0])
+        noise, labels = jax.random.normal(noise, x.shape), batch["labels"]
+        parts = self._validation_parts(params, stats, x, labels, t, noise)
+        parts = parts | {"rows": jnp.ones_like(valid)}
+        return {name: jnp.sum(value * valid) for name, value in parts.items()}
+
+    def validation(self, sums):
+        return {"loss": sums["loss"] / jnp.maximum(sums["rows"], 1.0), **self.report(sums)}
+
+    def _validation_parts(self, params, stats, x, labels, t, noise) -> dict[str, Array]:
+        """What is summed over rows, by row: the loss and its parts."""
+        losses, parts = self._losses(params, stats, x, labels, t, noise, {})
+        return parts | {"loss": losses}
+
+    @property
+    def _process(self):
+        return flow if isinstance(self.run.process, FlowMatching) else gaussian
+
+    def _clean(self, batch, key: Array) -> Array:
+        """Images, videos, or latents as the net sees them: scaled draws from their posterior."""
+        if not isinstance(self.run.data, LatentData):
+            return batch[pixels_of(self.run.data)]
+        noise = jax.random.normal(key, batch["mean"].shape)
+        drawn = sample_posterior(batch["mean"], batch["logvar"], noise)
+        return self.run.data.scaling_factor * drawn
+
+    def _losses(self, params, stats, x: Array, labels: Array, t: Array, noise: Array, rngs):
+        def denoise(x_t, time):
+            return self.net.apply({"params": params}, x_t, time, labels, rngs=rngs)[0]
+
+        return self._process.training_loss(self.run.process, denoise, x, t, noise)
+
+    def check_data(self, data):
+        net, at = self.dit, field_of_dit(self.run)
+        if data.num_classes > net.num_classes:
+            raise UserError(
+                f"{at}.num_classes={net.num_classes}, but the data have {data.num_classes} "
+                f"classes; set {at}.num_classes={data.num_classes}"
+            )
+        if isinstance(self.run.data, LatentData):
+            check_latents(self.run, net, data.shape, data.scaling_factor)
+
+
+def pixels_of(data) -> str:
+    """What pixels are of: the name of their array in a batch."""
+    return "videos" if isinstance(data, VideoData) else "images"
+
+
+def field_of_dit(run: Run) -> str:
+    """Where the sizes of images and classes are in a config."""
+    return "net" if isinstance(run.net, DiTConfig) else "net.base"
+
+
+def check_latents(
+    run: Run, net: DiTConfig, shape: tuple[int, int, int], scaling_factor: float
+) -> None:
+    """Raises UserError unless latents of a shape (h, w, C) and the scaling factor of what made
+    them are those that `net`, the DiT of the run, is to be trained on."""
+    size, at = (net.input_size, net.input_size, net.in_channels), field_of_dit(run)
+    if tuple(shape) != size:
+        raise UserError(
+            f"the net takes latents of shape {size}, these have {tuple(shape)}; set "
+            f"{at}.input_size={shape[0]} {at}.in_channels={shape[2]}, or encode images of another "
+            "size"
+        )
+    if abs(scaling_factor / run.data.scaling_factor - 1) > 1e-6:
+        raise UserError(
+            f"data.scaling_factor={run.data.scaling_factor}, but that of the autoencoder of these "
+            f"latents is {scaling_factor}; set data.scaling_factor={scaling_factor}"
+        )

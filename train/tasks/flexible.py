@@ -1,0 +1,119 @@
+"""Training of a FlexiDiT: one net, several patch sizes (arXiv 2502.20126)."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from ...model.layers.patches import patch_name, patch_sides
+from ...model.nets.dit import DiT, DiTConfig
+from ...model.nets.flexidit import flexify, init_params, mode_config, mode_params
+from ...model.partition import parameter_shardings
+from ...model.processes.flexible import distillation_loss, draw_mode, mode_mixture
+from ..checkpoint import restore_inference
+from ..config_files import read_config
+from .diffusion import DiffusionTask
+
+
+class FlexibleTask(DiffusionTask):
+    """The objectives of `run.process` in one patch size per update, which the step number decides.
+
+    With adapters ("lora") the base is in `stats`, where nothing learns: no gradient, no optimiser
+    state, no moving average. Validation has the ordinary loss of every patch size, `loss_p2`,
+    `loss_p4` and so on, and as `loss` their mean over what is trained.
+    """
+
+    @property
+    def dit(self):
+        return self.run.net.base
+
+    @property
+    def modes(self):
+        net, process = self.run.net, self.run.process
+        return mode_mixture(
+            net.patch_sizes, net.powerful, net.variant, powerful_share=process.powerful_share
+        )
+
+    def mode_at(self, step):
+        return draw_mode(self.modes, self.run.seed, step)
+
+    def init(self, key):
+        return split_base(init_params(self.run.net, key))
+
+    def loss(self, params, stats, carry, batch, key):
+        *out, metrics = super().loss(params, stats, carry, batch, key)
+        *frames, _, side = patch_sides(self.mode or self.run.net.powerful)
+        mode = {"patch_size": jnp.float32(side)}
+        if frames:
+            mode["patch_frames"] = jnp.float32(frames[0])
+        return *out, metrics | {"mean": metrics["mean"] | mode}
+
+    def start_from(self, path, wanted):
+        """A FlexiDiT's weights, or those of the DiT that is to become flexible."""
+        saved = Path(path).expanduser() / "config.json"
+        if not saved.is_file() or not isinstance(read_config(saved).net, DiTConfig):
+            return super().start_from(path, wanted)
+        mesh = jax.tree.leaves(wanted)[0].sharding.mesh
+        plain = DiffusionTask(dataclasses.replace(self.run, net=self.dit))
+        base = jax.eval_shape(plain.init, jax.random.key(0))["params"]
+        base = jax.tree.map(
+            lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s),
+            base, parameter_shardings(base, mesh),
+        )  # fmt: skip
+        base = restore_inference(path, {"params": base, "stats": {}})["params"]
+        made = jax.jit(
+            lambda params, key: split_base(flexify(self.run.net, params, key)),
+            out_shardings=jax.tree.map(lambda a: a.sharding, wanted),
+        )
+        return made(base, jax.random.key(self.run.seed))
+
+    def _losses(self, params, stats, x, labels, t, noise, rngs):
+        net, process = self.run.net, self.run.process
+        tree = {**params, **stats}
+        mode = self.mode or net.powerful
+        # One draw for both modes: classes are dropped here, not in the net.
+        if rngs and self.dit.class_dropout:
+            drop = jax.random.bernoulli(rngs["dropout"], self.dit.class_dropout, labels.shape)
+            labels = jnp.where(drop, self.dit.num_classes, labels)
+        outputs = {}
+
+        def denoise(x_t, time, patch=mode):
+            precision = self.run.precision
+            dit = DiT(mode_config(net, patch), self.dtype, precision.remat, precision.unroll)
+            own = mode_params(net, tree, patch)
+            outputs["weak"], outputs["seen"] = dit.apply({"params": own}, x_t, time, labels)[0], x_t
+            outputs["time"] = time
+            return outputs["weak"]
+
+        losses, parts = self._process.training_loss(process, denoise, x, t, noise)
+        losses = process.denoise * losses
+        if process.distill and mode != net.powerful:
+            weak = outputs["weak"]
+            powerful = denoise(outputs["seen"], outputs["time"], net.powerful)
+            extra, more = distillation_loss(
+                weak, powerful, x.shape[-1], variance_weight=process.distill_variance
+            )
+            losses, parts = losses + process.distill * extra, parts | more
+        return losses, parts
+
+    def _validation_parts(self, params, stats, x, labels, t, noise) -> dict[str, Array]:
+        plain = dataclasses.replace(self.run.process, denoise=1.0, distill=0.0)
+        run = dataclasses.replace(self.run, process=plain)
+        losses = {
+            patch: FlexibleTask(run, patch)._losses(params, stats, x, labels, t, noise, {})[0]
+            for patch in sorted(self.run.net.patch_sizes)
+        }
+        out = {f"loss_p{patch_name(patch)}": value for patch, value in losses.items()}
+        return out | {"loss": sum(share * losses[p] for p, share in self.modes.items())}
+
+
+def split_base(tree: dict[str, Any]) -> dict[str, Any]:
+    """{"params", "stats"} of a FlexiDiT's whole tree: a frozen base is no parameter."""
+    params = dict(tree)
+    base = params.pop("base", None)
+    return {"params": params, "stats": {} if base is None else {"base": base}}

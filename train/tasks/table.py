@@ -1,0 +1,31 @@
+"""The task of a run: one explicit table from the kind of net to what trains it."""
+
+from __future__ import annotations
+
+from ...model.nets.aim import AiMConfig
+from ...model.nets.dit import DiTConfig
+from ...model.nets.flexidit import FlexiDiTConfig
+from ...model.nets.mamba_lm import MambaConfig
+from ...model.nets.transformer_vq import TransformerVQConfig
+from ...model.nets.vq_tokenizer import VQTokenizerConfig
+from ..schema import Run
+from .base import Task
+from .codes import ClassCodesTask
+from .diffusion import DiffusionTask
+from .flexible import FlexibleTask
+from .text import LanguageModelTask
+from .tokenizer import TokenizerTask
+
+TASKS: dict[type, type[Task]] = {
+    TransformerVQConfig: LanguageModelTask,
+    MambaConfig: LanguageModelTask,
+    AiMConfig: ClassCodesTask,
+    DiTConfig: DiffusionTask,
+    FlexiDiTConfig: FlexibleTask,
+    VQTokenizerConfig: TokenizerTask,
+}
+
+
+def make_task(run: Run) -> Task:
+    """The task of a run, by the type of its net."""
+    return TASKS[type(run.net)](run)
