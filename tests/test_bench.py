@@ -10,6 +10,8 @@ import pytest
 from lintime.kernels_pallas import vq_attention as vq
 from lintime.train.bench import attention as bench
 from lintime.train.bench import attention_measure as bench_measure
+from lintime.train.bench import jobs as jobs_of_bench
+from lintime.train.bench import timing
 from lintime.train.cli import main
 from lintime.train.errors import UserError
 
@@ -31,7 +33,7 @@ def device(monkeypatch):
     jobs = []
 
     def install(answer=lambda job: {}):
-        def work(job, isolate):
+        def work(suite, job, isolate):
             jobs.append(job | {"isolate": isolate})
             if job["kind"] == "device":
                 return H200
@@ -39,8 +41,8 @@ def device(monkeypatch):
                 return dict.fromkeys(job["runs"], PASS) | answer(job)
             return POINT | answer(job)
 
-        monkeypatch.setattr(bench, "_work", work)
-        monkeypatch.setattr(bench, "_only_cpu", lambda: False)
+        monkeypatch.setattr(jobs_of_bench, "work", work)
+        monkeypatch.setattr(jobs_of_bench, "only_cpu", lambda: False)
         return jobs
 
     return install
@@ -108,8 +110,7 @@ def test_parts_of_the_op(tmp_path, capsys):
 def test_children_need_no_data_reader():
     code = (
         "import sys; sys.modules['grain'] = None; import lintime.train.bench.attention_measure\n"
-        "from lintime.train.bench import attention as bench\n"
-        "print(bench._work({'kind': 'device'}, True))"
+        "from lintime.train.bench import jobs; print(jobs.work('aim', {'kind': 'device'}, True))"
     )
     child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert child.returncode == 0, child.stderr
@@ -131,7 +132,7 @@ def test_errors_are_relative_and_name_the_leaf():
     assert bench_measure._worst(exact, exact) == (0.0, "")
     error, where = bench_measure._worst(wrong, exact)
     assert where == "b/c" and error == pytest.approx(0.4 * 3**0.5 / 4)
-    assert bench_measure.relative_error(np.array([np.nan]), np.ones(1)) == float("inf")
+    assert timing.relative_error(np.array([np.nan]), np.ones(1)) == float("inf")
     assert bench_measure._worst({"a": np.array([np.nan])}, {"a": np.ones(1)}) == (float("inf"), "a")
 
 
@@ -251,14 +252,14 @@ def test_arguments_that_make_no_sense(device, words, message, capsys):
 )
 def test_a_dead_child_is_one_cell(monkeypatch, status, stderr, expected):
     dead = subprocess.CompletedProcess([], status, "", stderr)
-    monkeypatch.setattr(bench.subprocess, "run", lambda *a, **k: dead)
-    assert bench._work({"kind": "steps"}, True)["status"] == expected
+    monkeypatch.setattr(jobs_of_bench.subprocess, "run", lambda *a, **k: dead)
+    assert jobs_of_bench.work("attention", {"kind": "steps"}, True)["status"] == expected
     with pytest.raises(UserError, match="the process of the device step failed"):
-        bench._work({"kind": "device"}, True)
+        jobs_of_bench.work("attention", {"kind": "device"}, True)
 
 
 def test_errors_of_the_user_cross_the_process_border(monkeypatch):
     answer = subprocess.CompletedProcess([], 0, 'noise\n{"user_error": "change a size"}\n', "")
-    monkeypatch.setattr(bench.subprocess, "run", lambda *a, **k: answer)
+    monkeypatch.setattr(jobs_of_bench.subprocess, "run", lambda *a, **k: answer)
     with pytest.raises(UserError, match="change a size"):
-        bench._work({"kind": "steps"}, True)
+        jobs_of_bench.work("attention", {"kind": "steps"}, True)

@@ -6,7 +6,7 @@ import json
 import pytest
 
 from lintime.train.bench import aim as bench_aim
-from lintime.train.bench import attention as bench
+from lintime.train.bench import jobs as jobs_of_bench
 from lintime.train.bench.aim import FORMS, SIZES, cache_bytes, floors, make_run, peak_bandwidth
 from lintime.train.cli import main
 
@@ -23,21 +23,21 @@ def device(monkeypatch):
     def install(answer=lambda job: {}):
         usual = {
             "device": H200,
-            "aim-copy": {"status": "ok", "copy": 4e12},
-            "aim-check": {"status": "ok", "error": 1e-6},
-            "aim-generate": {"status": "ok", "seconds": [1.0, 2.0, 3.0], "peak_bytes": 2**34},
-            "aim-train": {
+            "copy": {"status": "ok", "copy": 4e12},
+            "check": {"status": "ok", "error": 1e-6},
+            "generate": {"status": "ok", "seconds": [1.0, 2.0, 3.0], "peak_bytes": 2**34},
+            "train": {
                 "status": "ok", "seconds": [0.2], "model_flops": 4e13, "mfu": 0.25,
                 "peak_bytes": 2**34,
             },
         }  # fmt: skip
 
-        def work(job, isolate):
+        def work(suite, job, isolate):
             jobs.append(job | {"isolate": isolate})
             return usual[job["kind"]] | answer(job)
 
-        monkeypatch.setattr(bench, "_work", work)
-        monkeypatch.setattr(bench, "_only_cpu", lambda: False)
+        monkeypatch.setattr(jobs_of_bench, "work", work)
+        monkeypatch.setattr(jobs_of_bench, "only_cpu", lambda: False)
         return jobs
 
     return install
@@ -72,11 +72,11 @@ def test_training_steps():
 def test_all_parts_one_of_them_out_of_memory(device, tmp_path):
     """In processes of their own; the other rows are there, and every size has its own."""
     form = lambda job: job.get("form", {}).get("mixer")
-    failing = lambda job: job["kind"] == "aim-generate" and form(job) == "attention"
+    failing = lambda job: job["kind"] == "generate" and form(job) == "attention"
     jobs = device(lambda job: {"status": "oom", "message": "no room"} if failing(job) else {})
     assert main(["bench", "aim", "--sizes", "b", "xl", "--out", str(tmp_path)]) == 0
     assert all(job["isolate"] for job in jobs)
-    checked = [job for job in jobs if job["kind"] == "aim-check"]
+    checked = [job for job in jobs if job["kind"] == "check"]
     assert [job["dtype"] for job in checked] == ["float32", "bfloat16"] * len(FORMS)
     report = json.loads((tmp_path / "aim.json").read_text())
     assert [p["part"] for p in report["points"]] == [*FORMS, "training"] * 2
@@ -89,11 +89,11 @@ def test_all_parts_one_of_them_out_of_memory(device, tmp_path):
 
 
 def test_a_form_that_differs_is_not_timed(device, tmp_path, capsys):
-    wrong = lambda job: job["kind"] == "aim-check" and job["form"]["cache"] == "dual"
+    wrong = lambda job: job["kind"] == "check" and job["form"]["cache"] == "dual"
     jobs = device(lambda job: {"error": float("nan")} if wrong(job) else {})
     words = ["bench", "aim", "--only", "dual,recurrent", "--batch", "8", "--out", str(tmp_path)]
     assert main([*words, "--set", "net.n_layer=3", "precision.unroll=true"]) == 2
-    timed = [job for job in jobs if job["kind"] == "aim-generate"]
+    timed = [job for job in jobs if job["kind"] == "generate"]
     assert [job["form"]["cache"] for job in timed] == ["recurrent"] and timed[0]["batch"] == 8
     assert timed[0]["run"]["net"]["n_layer"] == 3 and timed[0]["run"]["precision"]["unroll"]
     assert "dual float32, dual bfloat16: the sampler's logits differ" in capsys.readouterr().err
@@ -102,7 +102,7 @@ def test_a_form_that_differs_is_not_timed(device, tmp_path, capsys):
 
 def test_what_fails_is_told():
     form = dataclasses.asdict(dataclasses.replace(FORMS["dual"], cache="triple"))
-    job = {"kind": "aim-check", "form": form, "dtype": "float32", "accelerator": False}
+    job = {"kind": "check", "form": form, "dtype": "float32", "accelerator": False}
     result = bench_aim.work(job)
     assert result["status"] == "error" and "no cache 'triple'" in result["message"]
 

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from lintime.model.nets.dit import DiTConfig
-from lintime.train.bench import attention as bench
 from lintime.train.bench import dit as bench_dit
+from lintime.train.bench import jobs as jobs_of_bench
 from lintime.train.bench.dit import SIZES, flexible_config, make_run, schedules, step_by_step
 from lintime.train.cli import main
 
@@ -25,26 +25,26 @@ def device(monkeypatch):
         timed = lambda *seconds: {"seconds": list(seconds), "compile_s": 1.0}
         usual = {
             "device": H200,
-            "dit-check": {
+            "check": {
                 "status": "ok", "errors": {"sampling": 1e-6, "flexible": 1e-6, "powerful": 0.0},
             },
-            "dit-training": {
+            "training": {
                 "status": "ok", "seconds": [0.4], "model_flops": 1.8e14, "mfu": 0.455,
                 "peak_bytes": 2**36,
             },
-            "dit-sampling": {"status": "ok"} | timed(1.0, 2.0, 4.0) | PEAK,
-            "dit-flexible": {
+            "sampling": {"status": "ok"} | timed(1.0, 2.0, 4.0) | PEAK,
+            "flexible": {
                 "status": "ok",
                 "schedules": {"full": timed(2.0), "60%": timed(1.3), "40%": timed(0.9)},
             } | PEAK,
         }  # fmt: skip
 
-        def work(job, isolate):
+        def work(suite, job, isolate):
             jobs.append(job | {"isolate": isolate})
             return usual[job["kind"]] | answer(job)
 
-        monkeypatch.setattr(bench, "_work", work)
-        monkeypatch.setattr(bench, "_only_cpu", lambda: False)
+        monkeypatch.setattr(jobs_of_bench, "work", work)
+        monkeypatch.setattr(jobs_of_bench, "only_cpu", lambda: False)
         return jobs
 
     return install
@@ -76,11 +76,11 @@ def test_a_sampler():
 
 def test_all_parts_one_of_them_out_of_memory(device, tmp_path):
     """In processes of their own; ratios and floors by count."""
-    failing = lambda job: job["kind"] == "dit-training" and job["run"]["net"]["n_layer"] == 24
+    failing = lambda job: job["kind"] == "training" and job["run"]["net"]["n_layer"] == 24
     jobs = device(lambda job: {"status": "oom", "message": "no room"} if failing(job) else {})
     assert main(["bench", "dit", "--sizes", "l", "xl", "--out", str(tmp_path)]) == 0
     assert all(job["isolate"] for job in jobs)
-    assert [job["dtype"] for job in jobs if job["kind"] == "dit-check"] == ["float32", "bfloat16"]
+    assert [job["dtype"] for job in jobs if job["kind"] == "check"] == ["float32", "bfloat16"]
     assert {job["run"]["batch_size"] for job in jobs if "run" in job} == {256}
     report = json.loads((tmp_path / "dit.json").read_text())
     parts = ["training", "sampling", "flexible", "flexible", "flexible"]
@@ -98,7 +98,7 @@ def test_all_parts_one_of_them_out_of_memory(device, tmp_path):
 
 def test_a_sampler_that_differs_is_not_timed(device, tmp_path, capsys):
     def answer(job):
-        if job["kind"] != "dit-check" or job["dtype"] != "bfloat16":
+        if job["kind"] != "check" or job["dtype"] != "bfloat16":
             return {}
         return {"errors": {"sampling": 1e-3, "flexible": float("nan"), "powerful": 1e-3}}
 
@@ -106,7 +106,7 @@ def test_a_sampler_that_differs_is_not_timed(device, tmp_path, capsys):
     words = ["bench", "dit", "--batch", "128", "--out", str(tmp_path)]
     assert main([*words, "--set", "net.n_layer=3", "precision.unroll=true"]) == 2
     timed = [job for job in jobs if "run" in job]
-    assert [job["kind"] for job in timed] == ["dit-training"]
+    assert [job["kind"] for job in timed] == ["training"]
     run = timed[0]["run"]
     assert run["net"]["n_layer"] == 3 and run["precision"]["unroll"] and run["batch_size"] == 128
     error = capsys.readouterr().err
@@ -116,7 +116,7 @@ def test_a_sampler_that_differs_is_not_timed(device, tmp_path, capsys):
 
 def test_what_fails_is_told():
     run = bench_dit.to_json(make_run(SIZES["tiny"], 2, "float32", "none"))
-    job = {"kind": "dit-sampling", "run": run, "steps": 2000, "images": 2, "repeats": 1}
+    job = {"kind": "sampling", "run": run, "steps": 2000, "images": 2, "repeats": 1}
     result = bench_dit.work(job)
     assert result["status"] == "error" and "2000" in result["message"]
 

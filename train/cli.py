@@ -169,7 +169,7 @@ def _parser() -> _Parser:
         "Every variant is checked against the reference path first. Writes a table and a PNG.\n"
         "Example: lintime bench --lengths 2048 8192 --variants dense-flash vq-serial",
     )  # fmt: skip
-    from .bench.attention import add_arguments as bench_arguments
+    from .bench.command import add_arguments as bench_arguments
 
     bench_arguments(sub)
 
@@ -249,7 +249,7 @@ def _sample(arguments: argparse.Namespace) -> None:
 
 
 def _bench(arguments: argparse.Namespace) -> None:
-    from .bench.attention import bench
+    from .bench.command import bench
 
     bench(arguments)
 

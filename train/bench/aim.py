@@ -10,12 +10,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import datetime
-import json
-import platform
-import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,11 +18,11 @@ import numpy as np
 from ...model.nets.aim import AiMConfig
 from ..config_files import from_json, to_json
 from ..errors import UserError
-from ..files import write_atomic
 from ..override import apply_overrides
 from ..schema import CodeData, Optim, Precision, Run
+from . import jobs
 from .aim_report import TRAINING, markdown, picture, row
-from .updates import peak_memory, time_updates
+from .timing import attempt, copy_bandwidth, peak_memory, relative_error, time_updates
 
 COMMON = {"conditioning": "adaln_group", "num_groups": 4}
 SIZES = {
@@ -76,19 +71,6 @@ BANDWIDTH = {
 def peak_bandwidth(kind: str) -> float | None:
     """Bytes/s of a device kind's memory, read and written together; None when unknown."""
     return next((peak for key, peak in BANDWIDTH.items() if key in kind.lower()), None)
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options that only `lintime bench aim` has."""
-    add = parser.add_argument
-    add("--sizes", nargs="+", metavar="SIZE", default=[],
-        help=f"aim: of {', '.join(SIZES)}; dit: b, l, xl, tiny (CPU: tiny)")  # fmt: skip
-    add("--batch", metavar="N",
-        help="aim: images at a time (64; CPU: 2); dit: of an update (256; CPU: 4)")  # fmt: skip
-    add("--only", nargs="+", metavar="PART", default=[],
-        help=f"aim: of {', '.join(FORMS)}, {TRAINING}, generation; dit: of training, sampling, "
-        "flexible (default: all)")  # fmt: skip
-    add("--repeats", metavar="N", help="aim, dit: timed batches of images (default 3)")
 
 
 # ---------------------------------------------------------------- counting
@@ -167,7 +149,6 @@ def check(form: Form, dtype: str, accelerator: bool) -> dict[str, Any]:
     import jax.numpy as jnp
 
     from ...model.sampling.classes import row_keys
-    from .attention_measure import relative_error
 
     config = dataclasses.replace(AiMConfig(**SMALL, **COMMON) if accelerator else SIZES["tiny"])
     if dtype == "float32":
@@ -219,7 +200,7 @@ def generate(config: AiMConfig, form: Form, dtype: str, batch: int, repeats: int
 
 
 def train(run: Run, steps: int, warmup: int = 3) -> dict[str, Any]:
-    """`bench_steps.time_updates` of random codes."""
+    """`timing.time_updates` of random codes."""
 
     def draw(random):
         shape = run.batch_size, run.net.num_tokens
@@ -233,26 +214,16 @@ def train(run: Run, steps: int, warmup: int = 3) -> dict[str, Any]:
 
 def work(job: dict[str, Any]) -> dict[str, Any]:
     """One measurement in this process; jobs and results are JSON objects. What fails says so."""
-    import jax
-
-    from .attention_measure import is_out_of_memory
-
-    try:
-        if job["kind"] == "aim-copy":
-            from .ssm import copy_bandwidth
-
-            return {"status": "ok", "copy": copy_bandwidth(job["accelerator"], 5)}
-        if job["kind"] == "aim-train":
-            return {"status": "ok"} | train(from_json(job["run"]), job["steps"])
-        form = Form(**job["form"])
-        if job["kind"] == "aim-check":
-            return {"status": "ok"} | check(form, job["dtype"], job["accelerator"])
-        config = from_json(job["run"]).net
-        given = generate(config, form, job["dtype"], job["batch"], job["repeats"])
-        return {"status": "ok"} | given
-    except (jax.errors.JaxRuntimeError, ValueError) as error:
-        status = "oom" if is_out_of_memory(str(error)) else "error"
-        return {"status": status, "message": " ".join(str(error).split())[:300]}
+    kind = job["kind"]
+    if kind == "copy":
+        return attempt(lambda: {"copy": copy_bandwidth(job["accelerator"], 5)})
+    if kind == "train":
+        return attempt(lambda: train(from_json(job["run"]), job["steps"]))
+    form = Form(**job["form"])
+    if kind == "check":
+        return attempt(lambda: check(form, job["dtype"], job["accelerator"]))
+    config, rest = from_json(job["run"]).net, (job["dtype"], job["batch"], job["repeats"])
+    return attempt(lambda: generate(config, form, *rest))
 
 
 # ---------------------------------------------------------------- the benchmark
@@ -269,59 +240,51 @@ def bench(arguments: argparse.Namespace, command: str, steps: int) -> dict[str, 
         UserError: bad arguments; or a form differs from teacher forcing (the others' figures are
             still shown).
     """
-    from .attention import _only_cpu, _whole, _work
-
-    parts = _chosen(arguments.only, "--only", (*PIECES, *FORMS))
+    parts = jobs.chosen(arguments.only, "--only", (*PIECES, *FORMS))
     parts = [p for name in parts for p in PIECES.get(name, (name,))] or [*FORMS, TRAINING]
-    isolate = not _only_cpu() if arguments.isolate is None else arguments.isolate
-    device = _work({"kind": "device"}, isolate)
+    device, isolate = jobs.start("aim", arguments)
+    work = lambda job: jobs.work("aim", job, isolate)
     accelerator = device["platform"] != "cpu"
-    sizes = _chosen(arguments.sizes, "--sizes", tuple(SIZES)) or ["xl" if accelerator else "tiny"]
-    batch = _whole(arguments.batch or ("64" if accelerator else "2"), "--batch")
-    repeats = _whole(arguments.repeats or "3", "--repeats")
+    sizes = jobs.chosen(arguments.sizes, "--sizes", tuple(SIZES))
+    sizes = sizes or ["xl" if accelerator else "tiny"]
+    batch = jobs.whole(arguments.batch or ("64" if accelerator else "2"), "--batch")
+    repeats = jobs.whole(arguments.repeats or "3", "--repeats")
     dtype = "bfloat16" if accelerator else "float32"
-    copy = _work({"kind": "aim-copy", "accelerator": accelerator}, isolate).get("copy")
+    copy = work({"kind": "copy", "accelerator": accelerator}).get("copy")
     peak = peak_bandwidth(device["kind"])
-    report = {
-        "device": device, "devices": 1, "python": platform.python_version(),
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(), "command": command,
-        "batch": batch, "guidance": GUIDANCE, "dtype": dtype, "copy": copy, "bandwidth": peak,
-        "checks": {}, "points": [],
+    report = jobs.new_report(device, command) | {
+        "batch": batch, "guidance": GUIDANCE, "dtype": dtype, "copy": copy, "bandwidth": peak
     }  # fmt: skip
     for part in dict.fromkeys(p for p in parts if p != TRAINING):
         form = dataclasses.asdict(FORMS[part])
         for name in dict.fromkeys(("float32", dtype)):
-            _say(f"{device['kind']}: checking {part} in {name} ...")
-            job = {"kind": "aim-check", "form": form, "dtype": name, "accelerator": accelerator}
-            result = _work(job, isolate)
+            jobs.say(f"{device['kind']}: checking {part} in {name} ...")
+            job = {"kind": "check", "form": form, "dtype": name, "accelerator": accelerator}
+            result = work(job)
             fine = result["status"] == "ok" and result["error"] <= TOLERANCE[name]
             report["checks"][f"{part} {name}"] = result | {"ok": bool(fine)}
     wrong = [name for name, result in report["checks"].items() if not result["ok"]]
-    for size in dict.fromkeys(sizes):
+    for size in sizes:
         run = make_run(SIZES[size], batch, dtype, arguments.remat or "none")
         run = apply_overrides(run, arguments.overrides)
         for part in dict.fromkeys(parts):
-            _say(f"{size} {part} ...")
+            jobs.say(f"{size} {part} ...")
             point = {"size": size, "part": part, "batch": batch, "tokens": run.net.num_tokens}
             job = {"run": to_json(run), "dtype": dtype, "batch": batch, "repeats": repeats}
             if part == TRAINING:
-                point |= _work(job | {"kind": "aim-train", "steps": steps}, isolate)
+                point |= work(job | {"kind": "train", "steps": steps})
             elif any(name.startswith(f"{part} ") for name in wrong):
                 point["status"] = "unchecked"
             else:
                 form = FORMS[part]
-                job |= {"kind": "aim-generate", "form": dataclasses.asdict(form)}
+                job |= {"kind": "generate", "form": dataclasses.asdict(form)}
                 point |= floors(run.net, form, 2 * batch, dtype, peak or copy)
-                point |= _work(job, isolate)
+                point |= work(job)
             report["points"].append(point)
             text = markdown(report)
-            _say("    " + " ".join(map(str, row(report, point)[2:])))
-            write_atomic(Path(arguments.out) / "aim.json", json.dumps(report, indent=1) + "\n")
-            write_atomic(Path(arguments.out) / "aim.md", text + "\n")
-    if any(p["status"] == "ok" for p in report["points"]):
-        write_atomic(Path(arguments.out) / "aim.png", picture(report))
-    print(json.dumps(report, indent=1) if arguments.json else text, flush=True)
-    _say(f"written to {Path(arguments.out) / 'aim'}.*")
+            jobs.say("    " + " ".join(map(str, row(report, point)[2:])))
+            jobs.save(report, arguments.out, "aim", text)
+    jobs.finish(report, arguments, "aim", text, picture)
     if wrong:
         raise UserError(f"{', '.join(wrong)}: the sampler's logits differ from teacher forcing")
     return report
@@ -359,15 +322,3 @@ def floors(
         out["floor"] = config.num_tokens * total(form) / bandwidth
         out["recurrent_floor"] = config.num_tokens * total(plain) / bandwidth
     return out
-
-
-def _chosen(words: list[str], flag: str, known: tuple[str, ...]) -> list[str]:
-    names = [w for word in words for w in word.split(",") if w]
-    for name in names:
-        if name not in known:
-            raise UserError(f"{flag} {name}: choose from {', '.join(known)}")
-    return names
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)

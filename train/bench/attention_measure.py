@@ -23,23 +23,13 @@ from ..schema import Run
 from ..step import init_state, jit_step, make_train_step
 from ..tasks.base import DTYPES
 from ..tasks.table import make_task
+from .timing import is_out_of_memory, relative_error
 
 CHECK_BLOCKS = 4  # enough for the reductions to differ in their order of merging
 # Largest relative L2 errors (value, gradient) a variant may show before it is timed.
 OP_TOLERANCE = {"float32": (1e-4, 1e-4), "bfloat16": (2e-2, 4e-2)}
 MODEL_TOLERANCE = (1e-4, 1e-3)
 MODEL_SEEDS = (5, 6, 7)
-
-
-def describe_device() -> dict[str, Any]:
-    """Platform, kind, number and memory (bytes, None if unknown) of JAX's devices, and versions."""
-    device = jax.devices()[0]
-    limit = (device.memory_stats() or {}).get("bytes_limit")
-    platform = {"cuda": "gpu", "rocm": "gpu"}.get(device.platform, device.platform)
-    return {
-        "platform": platform, "kind": device.device_kind, "count": len(jax.devices()),
-        "memory": limit, "jax": jax.__version__,
-    }  # fmt: skip
 
 
 # ---------------------------------------------------------------- correctness
@@ -233,13 +223,6 @@ def _untuned(fn: Callable, **options) -> Callable:
     return jax.jit(fn, compiler_options=settings.get(jax.default_backend()), **options)
 
 
-def relative_error(a, b) -> float:
-    """|a - b| / |b| in the L2 norm, in float64 on the host; inf where anything is not finite."""
-    a, b = (np.asarray(x, np.float64) for x in (a, b))
-    error = np.linalg.norm(a - b) / max(np.linalg.norm(b), 1e-300)
-    return float(error) if np.isfinite(error) else float("inf")
-
-
 def _worst(gradients, exact) -> tuple[float, str]:
     """Largest relative error of a leaf; one that should vanish is measured by the largest leaf."""
     norm = lambda x: float(np.linalg.norm(np.asarray(x, np.float64)))
@@ -296,11 +279,6 @@ def time_steps(run: Run, steps: int, warmup: int, devices: int, alone: bool) -> 
         text = str(error)
         status = "oom" if is_out_of_memory(text) else "error"
         return {"status": status, "message": " ".join(text.split())[:300]}
-
-
-def is_out_of_memory(text: str) -> bool:
-    """Whether an error message of XLA says that the device's memory did not suffice."""
-    return any(t in text for t in ("RESOURCE_EXHAUSTED", "ut of memory", "OUT_OF_MEMORY"))
 
 
 @functools.lru_cache(maxsize=4)

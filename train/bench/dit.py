@@ -8,13 +8,8 @@ Then whole training steps are timed, and whole samplers, beside their operations
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
-import platform
 import statistics
-import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,11 +21,11 @@ from ...model.sampling.budget import dit_flops, plan, trajectory_flops
 from ...model.sampling.diffusion import Segment
 from ..config_files import from_json, to_json
 from ..errors import UserError
-from ..files import write_atomic
 from ..override import apply_overrides
 from ..schema import ImageData, Optim, Precision, Run
+from . import jobs
 from .dit_report import markdown, picture, rows
-from .updates import peak_memory, time_updates
+from .timing import attempt, peak_memory, relative_error, time_updates
 
 SIZES = {
     "b": DiTConfig(d_model=768, n_layer=12, n_head=12),
@@ -136,7 +131,6 @@ def check(dtype: str, accelerator: bool) -> dict[str, float]:
     from ...model.nets.flexidit import flexible_denoiser, init_params, materialise
     from ...model.sampling.classes import row_keys
     from ..tasks.base import DTYPES
-    from .attention_measure import relative_error
 
     config = SMALL if accelerator else SIZES["tiny"]
     flexible = flexible_config(config)
@@ -169,7 +163,7 @@ def check(dtype: str, accelerator: bool) -> dict[str, float]:
 
 
 def train(run: Run, steps: int, warmup: int = 3) -> dict[str, Any]:
-    """`bench_steps.time_updates` of random latents."""
+    """`timing.time_updates` of random latents."""
     net = run.net
 
     def draw(random):
@@ -247,21 +241,14 @@ def _device() -> dict[str, Any]:
 
 def work(job: dict[str, Any]) -> dict[str, Any]:
     """One measurement in this process; jobs and results are JSON objects. What fails says so."""
-    import jax
-
-    from .attention_measure import is_out_of_memory
-
-    try:
-        if job["kind"] == "dit-check":
-            return {"status": "ok", "errors": check(job["dtype"], job["accelerator"])}
-        run = from_json(job["run"])
-        if job["kind"] == "dit-training":
-            return {"status": "ok"} | train(run, job["updates"])
-        measure = {"dit-sampling": sample, "dit-flexible": sample_by_budget}[job["kind"]]
-        return {"status": "ok"} | measure(run, job["steps"], job["images"], job["repeats"])
-    except (jax.errors.JaxRuntimeError, ValueError) as error:
-        status = "oom" if is_out_of_memory(str(error)) else "error"
-        return {"status": status, "message": " ".join(str(error).split())[:300]}
+    kind = job["kind"]
+    if kind == "check":
+        return attempt(lambda: {"errors": check(job["dtype"], job["accelerator"])})
+    run = from_json(job["run"])
+    if kind == "training":
+        return attempt(lambda: train(run, job["updates"]))
+    measure = {"sampling": sample, "flexible": sample_by_budget}[kind]
+    return attempt(lambda: measure(run, job["steps"], job["images"], job["repeats"]))
 
 
 # ---------------------------------------------------------------- the benchmark
@@ -278,28 +265,24 @@ def bench(arguments: argparse.Namespace, command: str, steps: int) -> dict[str, 
         UserError: bad arguments; or a sampler differs from its reference (the others' figures are
             still shown).
     """
-    from .aim import _chosen, _say
-    from .attention import _only_cpu, _whole, _work
-
-    parts = _chosen(arguments.only, "--only", PARTS) or list(PARTS)
-    isolate = not _only_cpu() if arguments.isolate is None else arguments.isolate
-    device = _work({"kind": "device"}, isolate)
+    parts = jobs.chosen(arguments.only, "--only", PARTS) or list(PARTS)
+    device, isolate = jobs.start("dit", arguments)
+    work = lambda job: jobs.work("dit", job, isolate)
     accelerator = device["platform"] != "cpu"
-    sizes = _chosen(arguments.sizes, "--sizes", tuple(SIZES)) or ["xl" if accelerator else "tiny"]
-    batch = _whole(arguments.batch or ("256" if accelerator else "4"), "--batch")
-    repeats = _whole(arguments.repeats or "3", "--repeats")
+    sizes = jobs.chosen(arguments.sizes, "--sizes", tuple(SIZES))
+    sizes = sizes or ["xl" if accelerator else "tiny"]
+    batch = jobs.whole(arguments.batch or ("256" if accelerator else "4"), "--batch")
+    repeats = jobs.whole(arguments.repeats or "3", "--repeats")
     dtype = "bfloat16" if accelerator else "float32"
     images, draws = (IMAGES, STEPS) if accelerator else (2, CHECKED_STEPS)
-    report = {
-        "device": device, "devices": 1, "python": platform.python_version(),
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(), "command": command,
+    report = jobs.new_report(device, command) | {
         "batch": batch, "images": images, "steps": draws, "method": METHOD, "guidance": GUIDANCE,
-        "dtype": dtype, "checks": {}, "points": [],
+        "dtype": dtype,
     }  # fmt: skip
     for name in dict.fromkeys(("float32", dtype)) if set(parts) - {"training"} else ():
-        _say(f"{device['kind']}: checking samplers in {name} ...")
-        job = {"kind": "dit-check", "dtype": name, "accelerator": accelerator}
-        result = _work(job, isolate)
+        jobs.say(f"{device['kind']}: checking samplers in {name} ...")
+        job = {"kind": "check", "dtype": name, "accelerator": accelerator}
+        result = work(job)
         for part, bound in (
             ("sampling", TOLERANCE[name]), ("flexible", TOLERANCE[name]), ("powerful", SAME)
         ):  # fmt: skip
@@ -308,28 +291,24 @@ def bench(arguments: argparse.Namespace, command: str, steps: int) -> dict[str, 
             fine = error is not None and error <= bound
             report["checks"][f"{part} {name}"] = own | {"ok": bool(fine)}
     wrong = [name for name, result in report["checks"].items() if not result["ok"]]
-    for size in dict.fromkeys(sizes):
+    for size in sizes:
         run = make_run(SIZES[size], batch, dtype, arguments.remat or "none")
         run = apply_overrides(run, arguments.overrides)
         for part in dict.fromkeys(parts):
-            _say(f"{size} {part} ...")
-            job = {"kind": f"dit-{part}", "run": to_json(run), "updates": steps, "steps": draws,
+            jobs.say(f"{size} {part} ...")
+            job = {"kind": part, "run": to_json(run), "updates": steps, "steps": draws,
                    "images": images, "repeats": repeats}  # fmt: skip
             if part == "training" or not wrong:
-                result = _work(job, isolate)
+                result = work(job)
             else:
                 result = {"status": "unchecked"}
             points = _points(run.net, part, result, draws, images)
             report["points"] += [{"size": size, "part": part} | point for point in points]
             text = markdown(report)
             for cells in rows(report, part)[-len(points) :]:
-                _say("    " + " ".join(cells))
-            write_atomic(Path(arguments.out) / "dit.json", json.dumps(report, indent=1) + "\n")
-            write_atomic(Path(arguments.out) / "dit.md", text + "\n")
-    if any(p["status"] == "ok" for p in report["points"]):
-        write_atomic(Path(arguments.out) / "dit.png", picture(report))
-    print(json.dumps(report, indent=1) if arguments.json else text, flush=True)
-    print(f"written to {Path(arguments.out) / 'dit'}.*", file=sys.stderr, flush=True)
+                jobs.say("    " + " ".join(cells))
+            jobs.save(report, arguments.out, "dit", text)
+    jobs.finish(report, arguments, "dit", text, picture)
     if wrong:
         raise UserError(f"{', '.join(wrong)}: the sampler differs from its reference")
     return report

@@ -9,22 +9,16 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import datetime
 import functools
 import io
-import json
 import math
-import platform
-import statistics
-import sys
-import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from ..files import write_atomic
+from .jobs import finish, new_report, save, say
 from .report import table
+from .timing import attempt, copy_bandwidth, describe_device, milliseconds, relative_error
 
 # (forward, forward+backward) ms of the official CUDA and Triton kernels (mamba_ssm), bfloat16, and
 # of jax.lax.associative_scan for the linear scan; and what this project aims at. One H200, jax
@@ -49,7 +43,6 @@ TINY = (  # for a CPU, where the benchmark shows that it works and nothing else
 OPS = tuple(dict.fromkeys(op for op, _ in SHAPES))
 CHECK_LENGTH = 1100  # enough for every implementation to cut time where it would
 TOLERANCE = {"float32": 1e-4, "bfloat16": 4e-2}  # of output and gradients, relative L2
-SAMPLE_SECONDS = 0.05  # of calls enqueued between two looks at the clock
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,8 +181,6 @@ def check(case: Case, implementation: str) -> dict[str, float]:
     import jax
     import jax.numpy as jnp
 
-    from .attention_measure import relative_error
-
     short = case.at_length(min(CHECK_LENGTH, case.sizes["L"]))
     inputs, cotangent, wanted = _defined(short)
     precision = "highest" if case.dtype == "float32" else "default"
@@ -200,52 +191,21 @@ def check(case: Case, implementation: str) -> dict[str, float]:
     return {"output": relative_error(as_float(out), wanted[0]), "gradient": max(errors.values())}
 
 
-def milliseconds(function: Callable, arguments: tuple, samples: int) -> float:
-    """Median time of a jitted call, so many of them enqueued at a time that starting one hides."""
-    import jax
-
-    run = jax.jit(function)
-
-    def seconds(calls):
-        start = time.perf_counter()
-        for _ in range(calls):
-            result = run(*arguments)  # the one before is freed when it has been computed
-        jax.block_until_ready(result)
-        return (time.perf_counter() - start) / calls
-
-    seconds(1)
-    calls = min(max(round(SAMPLE_SECONDS / seconds(3)), 3), 1000)
-    return 1e3 * statistics.median(seconds(calls) for _ in range(samples))
-
-
-def copy_bandwidth(accelerator: bool, samples: int) -> float:
-    """Bytes/s of a device copy, read and written bytes together."""
-    import jax.numpy as jnp
-
-    size = 2**28 if accelerator else 2**20
-    x = jnp.zeros((size,), jnp.float32)
-    return 2 * x.nbytes / (1e-3 * milliseconds(lambda x: x + 1, (x,), samples))
-
-
 def measure(case: Case, implementation: str, samples: int) -> dict[str, Any]:
     """{"status", "error": .., "forward": ms, "forward+backward": ms} of one implementation."""
-    import jax
-
-    from .attention_measure import is_out_of_memory
-
     point: dict[str, Any] = {"op": case.op, "shape": case.shape, "implementation": implementation}
-    try:
+
+    def timed():
         point["error"] = error = check(case, implementation)
         if not max(error.values()) <= TOLERANCE[case.dtype]:
-            return point | {"status": "wrong"}
+            return {"status": "wrong"}
         inputs = make_inputs(case)
         arguments = inputs, _cotangent(case, inputs)
         for name, function in _passes(case, implementation).items():
             point[name] = milliseconds(function, arguments, samples)
-    except jax.errors.JaxRuntimeError as error:
-        status = "oom" if is_out_of_memory(str(error)) else "error"
-        return point | {"status": status, "message": " ".join(str(error).split())[:300]}
-    return point | {"status": "ok"}
+        return {}
+
+    return point | attempt(timed)
 
 
 def bench(arguments: argparse.Namespace, command: str, samples: int) -> dict[str, Any]:
@@ -260,7 +220,6 @@ def bench(arguments: argparse.Namespace, command: str, samples: int) -> dict[str
             figures are still shown).
     """
     from ...kernels_pallas import dispatch
-    from .attention_measure import describe_device
 
     unknown = [op for op in arguments.ops if op not in OPS]
     if unknown:
@@ -269,12 +228,8 @@ def bench(arguments: argparse.Namespace, command: str, samples: int) -> dict[str
     accelerator = device["platform"] != "cpu"
     kernels = "pallas" if accelerator else "xla"
     names = arguments.variants or list(dict.fromkeys(["xla", kernels]))
-    report = {
-        "device": device, "devices": 1, "python": platform.python_version(),
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "command": command, "samples": samples, "points": [],
-        "copy": copy_bandwidth(accelerator, samples),
-    }  # fmt: skip
+    report = new_report(device, command)
+    report |= {"samples": samples, "copy": copy_bandwidth(accelerator, samples)}
     rows = cases(arguments.ops or list(OPS), accelerator, "bfloat16" if accelerator else "float32")
     for number, case in enumerate(rows):
         floors = [1e3 * b / report["copy"] for b in floor_bytes(case)]
@@ -286,17 +241,13 @@ def bench(arguments: argparse.Namespace, command: str, samples: int) -> dict[str
                 if arguments.variants:
                     raise UserError(str(error)) from None
                 continue
-            _say(f"[{number + 1}/{len(rows)}] {case.op} {case.shape} {case.dtype}, {name} ...")
+            say(f"[{number + 1}/{len(rows)}] {case.op} {case.shape} {case.dtype}, {name} ...")
             point = {"dtype": case.dtype, "floors": floors} | measure(case, name, samples)
-            _say("    " + _cell(point))
+            say("    " + _cell(point))
             report["points"].append(point)
             text = markdown(report)
-            write_atomic(Path(arguments.out) / "ssm.json", json.dumps(report, indent=1) + "\n")
-            write_atomic(Path(arguments.out) / "ssm.md", text + "\n")
-    if any(point["status"] == "ok" for point in report["points"]):
-        write_atomic(Path(arguments.out) / "ssm.png", picture(report))
-    print(json.dumps(report, indent=1) if arguments.json else text, flush=True)
-    _say(f"written to {Path(arguments.out) / 'ssm'}.*")
+            save(report, arguments.out, "ssm", text)
+    finish(report, arguments, "ssm", text, picture)
     wrong = [f"{p['op']} {p['implementation']}" for p in report["points"] if p["status"] == "wrong"]
     if wrong:
         raise UserError(
@@ -309,10 +260,6 @@ def _available(op: str) -> dict[str, Any]:
     import importlib
 
     return importlib.import_module(f"...kernels_pallas.{op}", __package__).IMPLEMENTATIONS
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 def _cell(point: dict[str, Any]) -> str:
