@@ -39,7 +39,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--lengths", nargs="+", metavar="T", default=[],
         help="sequence lengths (accelerator: 2048 8192 32768; CPU: 64 256)")  # fmt: skip
     add("--variants", nargs="+", metavar="V", default=[],
-        help="dense-flash, vq-serial, vq-associative, vq-matmul, dense (default: all but this)")  # fmt: skip
+        help="of dense-flash, vq-serial, vq-associative, vq-matmul, dense (default: without the "
+        "last)")  # fmt: skip
     add("--head", default="shga", metavar="TYPE", help="head type: shga, mqa or mha")
     add("--tokens", metavar="N",
         help="tokens per step, at least one row (accelerator: 65536; CPU: 512)")  # fmt: skip
