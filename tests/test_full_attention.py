@@ -4,7 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas import tpu as pltpu
 
+from lintime.model.mixers import fused_attention
 from lintime.model.mixers.full_attention import FullAttention
 
 MIXER = FullAttention(12, num_heads=3)
@@ -102,3 +104,26 @@ def test_refuses():
             MIXER.apply(SELF, X, **kwargs)
     with pytest.raises(ValueError, match="num_heads=5 does not divide width=12"):
         FullAttention(12, num_heads=5).init(jax.random.key(0), X)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_kernel_of_tpus_computes_the_same(masked, monkeypatch):
+    """Output and gradients in Pallas' interpreter against XLA; a mesh cuts rows and heads."""
+    keys = jax.random.split(jax.random.key(0), 4)
+    q, k, v, w = (jax.random.normal(key, (2, 256, 2, 24)) for key in keys)
+    options = {}
+    if masked:
+        options = dict(valid=jnp.arange(256) < jnp.asarray([[200], [131]]))
+        options["segment_ids"] = jnp.repeat(jnp.asarray([[0, 0, 1, 1], [3, 3, 3, 9]]), 64, axis=1)
+    kept = options.get("valid", jnp.ones((2, 256), bool))[..., None, None]
+
+    def run(q, k, v):
+        out = jnp.where(kept, fused_attention.attend(q, k, v, **options), 0)
+        return jnp.sum(out * w), out
+
+    want = jax.jit(jax.value_and_grad(run, (0, 1, 2), has_aux=True))(q, k, v)
+    monkeypatch.setattr(fused_attention, "_tpu_takes", lambda q, k: True)
+    with pltpu.force_tpu_interpret_mode():
+        got = jax.jit(jax.value_and_grad(run, (0, 1, 2), has_aux=True))(q, k, v)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), got, want)

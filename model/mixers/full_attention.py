@@ -5,14 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from jax import Array
 
 from ..layers.parted_dense import PartedDense
 from ..partition import constrain
-
-FUSED_HEAD_DIM = 128  # cuDNN takes multiples of 8 up to this
+from .fused_attention import attend
 
 
 class FullAttention(nn.Module):
@@ -71,15 +69,13 @@ class FullAttention(nn.Module):
         x = constrain(_valid(x, mask), "batch", "seq", None)
         if context is None:
             q, k, v = _heads(self, x, 3, "qkv")
-            allowed = None if mask is None else (mask != 0)[:, None, None, :]
-            if segment_ids is not None:
-                same = (segment_ids[:, :, None] == segment_ids[:, None, :])[:, None]
-                allowed = same if allowed is None else same & allowed
+            valid = mask
         else:
             (q,) = _heads(self, x, 1, "q")
             k, v = _heads(self, _valid(context, context_mask), 2, "kv")
-            allowed = None if context_mask is None else (context_mask != 0)[:, None, None, :]
-        y = _attend(q, k, v, allowed).reshape(x.shape)
+            valid = context_mask
+        valid = None if valid is None else valid != 0
+        y = attend(q, k, v, valid=valid, segment_ids=segment_ids).reshape(x.shape)
         y = nn.Dense(self.features, kernel_init=self.out_init, dtype=self.dtype, name="proj")(
             y.astype(self.dtype)
         )
@@ -121,11 +117,11 @@ class JointAttention(nn.Module):
         own = _heads(self, x, 3, "qkv")
         theirs = _heads(self, _valid(context, context_mask), 3, "context_qkv")
         q, k, v = (jnp.concatenate(pair, axis=1) for pair in zip(own, theirs, strict=True))
-        allowed = None
+        valid = None
         if context_mask is not None:
             all_own = jnp.ones(x.shape[:2], bool)
-            allowed = jnp.concatenate([all_own, context_mask != 0], axis=1)[:, None, None, :]
-        y = _attend(q, k, v, allowed).astype(self.dtype)
+            valid = jnp.concatenate([all_own, context_mask != 0], axis=1)
+        y = attend(q, k, v, valid=valid).astype(self.dtype)
         y = y.reshape(*y.shape[:2], self.features)
         init = nn.initializers.xavier_uniform()
         dense = lambda name: nn.Dense(self.features, kernel_init=init, dtype=self.dtype, name=name)
@@ -149,23 +145,6 @@ def _heads(module, x: Array, parts: int, name: str) -> list[Array]:
     return [constrain(y.reshape(shape), "batch", "seq", "heads", None) for y in dense(x)]
 
 
-def _attend(q: Array, k: Array, v: Array, allowed: Array | None) -> Array:
-    """softmax(q k^T / sqrt(K)) v [B, T, H, K]; allowed: broadcasts to [B, H, T, S]."""
-    y = jax.nn.dot_product_attention(
-        q, k, v, mask=allowed, implementation="cudnn" if _fused(q, k) else "xla"
-    )
-    return constrain(y, "batch", "seq", "heads", None)
-
-
 def _valid(x: Array, mask: Array | None) -> Array:
     """x with zeros for padding, by selection: its values would reach sums even with weight 0."""
     return x if mask is None else jnp.where((mask != 0)[..., None], x, 0)
-
-
-def _fused(q: Array, k: Array) -> bool:
-    """Whether cuDNN's kernels take the operands: 16 bit and, for the gradients, even lengths."""
-    half = q.dtype in (jnp.bfloat16, jnp.float16)
-    head_dim = q.shape[-1]
-    even = q.shape[1] % 2 == 0 and k.shape[1] % 2 == 0
-    fits = head_dim % 8 == 0 and head_dim <= FUSED_HEAD_DIM
-    return jax.default_backend() == "gpu" and half and even and fits
