@@ -16,7 +16,13 @@ from ..model.nets.transformer_vq import TransformerVQConfig
 from ..model.nets.vq_tokenizer import VQTokenizerConfig
 from ..model.processes.adversarial import AdversarialReconstruction
 from ..model.processes.autoregressive import Autoregressive
-from ..model.processes.flexible import FlexibleDiffusion, FlexibleFlow
+from ..model.processes.flexible import (
+    FEATURES,
+    KERNELS,
+    FlexibleDiffusion,
+    FlexibleFlow,
+    time_spans,
+)
 from ..model.processes.flow import FlowMatching
 from ..model.processes.gaussian import GaussianDiffusion
 from ..model.sampling.diffusion import Segment
@@ -71,6 +77,8 @@ _CHOICES = {
     "net.mixer": ("mamba2", "mamba1", "attention"),
     "net.mixing": dit.MIXINGS,
     "net.conditioning": ("adaln", "adaln_single", "adaln_group"),
+    "process.match_kernel": KERNELS,
+    "process.match_features": FEATURES,
     "process.reconstruction_loss": ("l2", "l1"),
     "process.disc_loss": ("hinge", "vanilla"),
     "process.gen_loss": ("hinge", "non_saturating"),
@@ -95,7 +103,7 @@ _RANGES = (
         "net.codebook_size net.codebook_dim net.input_size net.patch_size net.in_channels "
         "net.n_head sample.steps process.timesteps data.size data.images.size "
         "net.patch_frames data.frames data.stride "
-        "process.disc_features process.disc_layers net.rank",
+        "process.disc_features process.disc_layers net.rank process.match_steps",
     ),
     (
         ">= 0",
@@ -109,7 +117,7 @@ _RANGES = (
         "process.commitment_weight process.entropy_weight sample.count sample.columns "
         "eval.samples sample.eta sample.guidance_channels net.base_patch data.resize_max "
         "data.images.workers sample.weak sample.weak_guidance process.denoise process.distill "
-        "process.distill_variance net.underlying net.frames net.base_patch_frames",
+        "process.distill_variance process.match net.underlying net.frames net.base_patch_frames",
     ),
     (
         "in [0, 1)",
@@ -238,6 +246,7 @@ def _check_diffusion(run: Run) -> None:
         dit.make_mixer(net, parent=None)
         if flexible:
             check_config(run.net)
+            _check_objectives(run)
         _check_null_class(run, net, at)
         make_sampler(dit.DiT(net), process=run.process, **solver_options(run.sample))
     except ValueError as error:
@@ -254,6 +263,17 @@ def _check_diffusion(run: Run) -> None:
             f"images have data.size={run.data.size} pixels and 3 channels, the net takes "
             f"{net.input_size} and {net.in_channels}; set {at}.input_size={run.data.size} "
             f"{at}.in_channels=3"
+        )
+
+
+def _check_objectives(run: Run) -> None:
+    """Raises ValueError or UserError for settings of `process` that cannot be."""
+    time_spans(run.process, run.net.others)
+    rows = run.batch_size // run.optim.accumulate
+    if run.process.match and rows < 2:
+        raise UserError(
+            f"process.match={run.process.match} compares rows of a micro-batch, which has {rows}; "
+            f"set batch_size={2 * run.optim.accumulate} or more, or less of optim.accumulate"
         )
 
 

@@ -39,7 +39,7 @@ from ..layers.flexible import (
 from ..layers.patches import Patch, patch_name, patch_pixels, patch_sides
 from ..partition import path_string
 from ..sampling.budget import dit_flops
-from .dit import DiT, DiTConfig
+from .dit import EPSILON, DiT, DiTConfig
 
 VARIANTS = ("shared", "lora")
 TARGETS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
@@ -233,6 +233,28 @@ def flexible_denoiser(config: FlexiDiTConfig, **options) -> Callable[..., Array]
         return nets[mode].apply({"params": modes[mode]}, x, t, labels)[0]
 
     return denoise
+
+
+def features(
+    config: FlexiDiTConfig, params: Params, x: Array, t: Array, labels: Array, *, dtype=jnp.float32
+) -> Array:
+    """What the base's mode makes of clean images, as a fixed encoder: no gradient reaches `params`.
+
+    The residual stream after half of the blocks, normalised token by token (so that no image's
+    features are larger than another's) and averaged over tokens.
+
+    Args:
+        params: of the whole FlexiDiT. x: [B, .., C]. t: [B], the least noisy time. labels: [B].
+
+    Returns:
+        [B, D] float32.
+    """
+    base = dataclasses.replace(config.base, n_layer=max(1, config.base.n_layer // 2))
+    own = jax.tree.map(lax.stop_gradient, mode_params(config, params, config.powerful))
+    own = {**own, "blocks": jax.tree.map(lambda a: a[: base.n_layer], own["blocks"])}
+    _, sown = DiT(base, dtype).apply({"params": own}, x, t, labels, mutable=["intermediates"])
+    stream = sown["intermediates"]["blocks"]["out"][0][-1].astype(jnp.float32)
+    return jnp.mean(jax.nn.standardize(stream, axis=-1, epsilon=EPSILON), axis=1)
 
 
 def mode_flops(config: FlexiDiTConfig) -> dict[Patch, float]:

@@ -1,23 +1,27 @@
 """Objectives that make weak modes of a flexible net follow its powerful one (arXiv 2502.20126).
 
-Everything here takes outputs or features, not nets: a task binds those.
+Everything here takes outputs or features, not nets: a task binds those. A *share of the noise* is a
+time in the unit of either process: 0 the clean image, 1 noise.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
 from ..layers.patches import Patch
+from . import flow, gaussian
 from .flow import FlowMatching
 from .gaussian import GaussianDiffusion
 
 SIGMAS = (1.0, 2.0, 4.0, 8.0)
 KERNELS = ("poly3", "rbf")
+FEATURES = ("net", "pixels")
+Span = tuple[float, float]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -30,12 +34,31 @@ class Objectives:
         distill_variance: of learned variances within that term.
         powerful_share: how often the shared variant trains the base's own mode; the others have
             equal parts of the rest.
+        match: of distribution matching: `mmd` between features of the clean images that the weak
+            and the powerful mode predict from the same noisy ones. Rows of a micro-batch are
+            compared with each other: the more of them, the less noise.
+        match_kernel: "poly3", or "rbf" with widths in medians of the distances.
+        match_features: "net": of the powerful mode itself, see `nets.flexidit.features`;
+            "pixels": the images, or latents, as they are.
+        match_steps: deterministic steps on which the powerful mode's prediction is made; 1 predicts
+            at once, as the weak mode does.
+        match_t_range: shares of the noise (low, high) from which times of this term are drawn.
+        train_t_range: shares of the noise on which weak modes train: (low, high) of all of them, or
+            a pair for each, the smallest patch first: (low, high, low, high, ..). The powerful mode
+            trains on all times. Better for a fixed schedule that uses weak modes there only, at the
+            price of other schedules.
     """
 
     denoise: float = 1.0
     distill: float = 0.0
     distill_variance: float = 1.0
     powerful_share: float = 0.5
+    match: float = 0.0
+    match_kernel: str = "poly3"
+    match_features: str = "net"
+    match_steps: int = 1
+    match_t_range: tuple[float, ...] = (0.5, 1.0)
+    train_t_range: tuple[float, ...] = (0.0, 1.0)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -72,6 +95,104 @@ def draw_mode(mixture: Mapping[Patch, float], seed: int, step: int) -> Patch:
     modes = sorted(mixture)
     shares = np.asarray([mixture[m] for m in modes], np.float64)
     return modes[np.random.default_rng((seed, step)).choice(len(modes), p=shares / shares.sum())]
+
+
+# ---------------------------------------------------------------- times
+
+
+def time_spans(process: Objectives, others: Sequence[Patch]) -> dict[Patch, Span]:
+    """{patch: (low, high)}: the shares of the noise on which each of the weak modes `others`, the
+    smallest patch first, trains.
+
+    Raises:
+        ValueError: neither one pair nor one for each, a pair that is empty or beyond 0..1, or one
+            without times for the term `match`.
+    """
+    given, match = process.train_t_range, process.match_t_range
+    if len(given) not in {2, 2 * len(others)}:
+        raise ValueError(
+            f"train_t_range={given}: give low,high, or such a pair for each of the "
+            f"{len(others)} weak modes"
+        )
+    pairs = list(zip(given[::2], given[1::2])) * (1 if len(given) > 2 else len(others))
+    named = {"train_t_range": [given[:2], *pairs], "match_t_range": [match]}
+    for name, each in named.items():
+        for pair in each:
+            if len(pair) != 2 or not 0 <= pair[0] < pair[1] <= 1:
+                raise ValueError(f"{name}={getattr(process, name)}: give 0 <= low < high <= 1")
+    for low, high in pairs:
+        if process.match and max(low, match[0]) >= min(high, match[1]):
+            raise ValueError(
+                f"match_t_range={match} and train_t_range={given} have no times in common; "
+                "overlap them, or set match=0"
+            )
+    return dict(zip(others, pairs))
+
+
+def times_at(process: GaussianDiffusion | FlowMatching, share: Array) -> Array:
+    """Times [B] of a process at shares of the noise [B] in [0, 1]: of S steps floor(share S) as
+    int32; of a flow 1 - share, within the times it is trained on, float32."""
+    if isinstance(process, FlowMatching):
+        low, high = flow.trained_times(process)
+        return high - (high - low) * share
+    at = jnp.floor(share * process.timesteps).astype(jnp.int32)
+    return jnp.clip(at, 0, process.timesteps - 1)
+
+
+# ---------------------------------------------------------------- one-step predictions
+
+
+def noised(process: GaussianDiffusion | FlowMatching, x: Array, t: Array, noise: Array) -> Array:
+    """x_t: what the process makes of clean x [B, .., C] at times t [B]."""
+    if isinstance(process, FlowMatching):
+        return flow.interpolate(process, x, t, noise)[0]
+    return gaussian.q_sample(gaussian.gaussian_tables(process), x, t, noise)
+
+
+def clean_and_noise(
+    process: GaussianDiffusion | FlowMatching, out: Array, x_t: Array, t: Array
+) -> tuple[Array, Array]:
+    """The clean image and the noise that a net's output means; inverse of `noised`.
+
+    Args:
+        out: [B, .., C or 2C], what the net says of x_t [B, .., C] at times t [B].
+
+    Raises:
+        ValueError: channels that do not fit the process.
+    """
+    if isinstance(process, FlowMatching):
+        return flow.ends(process, flow.velocity(process, out, x_t, t), x_t, t)
+    tables = gaussian.gaussian_tables(process)
+    x = gaussian.predictions(process, tables, out, x_t, t).x_start
+    return x, gaussian.eps_from_x_start(tables, x_t, t, x)
+
+
+def predict_clean(
+    process: GaussianDiffusion | FlowMatching,
+    denoise: Callable[[Array, Array], Array],
+    x_t: Array,
+    t: Array,
+    steps: int = 1,
+) -> Array:
+    """The clean image after deterministic steps of equal size (DDIM's) from x_t; 1 is the one-step
+    prediction.
+
+    Args:
+        denoise: of (x_t, t) -> [B, .., C or 2C]. x_t: [B, .., C]. t: [B].
+    """
+    begun = t
+    for left in range(steps - 1, -1, -1):
+        x, noise = clean_and_noise(process, denoise(x_t, t), x_t, t)
+        if left:
+            if isinstance(process, FlowMatching):
+                t = 1 - (1 - begun) * (left / steps)
+            else:
+                t = begun * left // steps
+            x_t = noised(process, x, t, noise)
+    return x
+
+
+# ---------------------------------------------------------------- losses
 
 
 def distillation_loss(

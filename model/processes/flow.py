@@ -148,6 +148,14 @@ def noise_from_velocity(process: FlowMatching, v: Array, x: Array, t: Array) -> 
     return (ratio * v - x) / scale
 
 
+def ends(process: FlowMatching, v: Array, x: Array, t: Array) -> tuple[Array, Array]:
+    """The data and the noise between which x [B, .., C] moves with velocity v at t [B]: the
+    solution of x = alpha data + sigma noise, v = alpha' data + sigma' noise."""
+    alpha, sigma, d_alpha, d_sigma = _like(x, *path_coefficients(process.path, t))
+    scale = alpha * d_sigma - d_alpha * sigma
+    return (d_sigma * x - sigma * v) / scale, (alpha * v - d_alpha * x) / scale
+
+
 def velocity_from_score(process: FlowMatching, score: Array, x: Array, t: Array) -> Array:
     """d score - m, see `score_drift`."""
     m, d = score_drift(process, x, t)
@@ -252,18 +260,19 @@ def sampling_interval(
 def draw_times(process: FlowMatching, key: Array, rows: int) -> Array:
     """[rows] float32, uniform in (0, 1), or off its ends by 0.001 where noise or score are learned,
     or below 1 - 0.00001 on the path "vp"."""
-    return jax.random.uniform(key, (rows,), jnp.float32, *_trained_times(process))
+    return jax.random.uniform(key, (rows,), jnp.float32, *trained_times(process))
 
 
 def spread_times(process: FlowMatching, key: Array, rows: int) -> Array:
     """[rows] float32, one in each of `rows` equal shares of the times of `draw_times`: for losses
     that vary less."""
-    low, high = _trained_times(process)
+    low, high = trained_times(process)
     place = (jnp.arange(rows) + jax.random.uniform(key, (rows,))) / rows
     return low + (high - low) * place
 
 
-def _trained_times(process: FlowMatching) -> tuple[float, float]:
+def trained_times(process: FlowMatching) -> tuple[float, float]:
+    """Lowest and highest time of `draw_times`."""
     if process.path == "vp":
         return 0.0, 1 - VP_TRAIN_EPSILON
     if process.predict != "velocity":

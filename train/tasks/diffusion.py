@@ -58,7 +58,7 @@ class DiffusionTask(Task):
         key = jax.random.fold_in(key, batch["step"])
         keys = dict(zip(("times", "noise", "dropout", "latents"), jax.random.split(key, 4)))
         x = self._clean(batch, keys["latents"])
-        t = self._process.draw_times(self.run.process, keys["times"], x.shape[0])
+        t = self._draw_times(keys["times"], x.shape[0])
         noise = jax.random.normal(keys["noise"], x.shape)
         rngs = {"dropout": keys["dropout"]}
         losses, parts = self._losses(params, stats, x, batch["labels"], t, noise, rngs)
@@ -75,7 +75,7 @@ class DiffusionTask(Task):
         key = jax.random.fold_in(jax.random.key(0), batch["step"])
         times, noise, latents = jax.random.split(key, 3)
         x = self._clean(batch, latents)
-        t = self._process.spread_times(self.run.process, times, x.shape[0])
+        t = self._spread_times(times, x.shape[0])
         noise, labels = jax.random.normal(noise, x.shape), batch["labels"]
         parts = self._validation_parts(params, stats, x, labels, t, noise)
         parts = parts | {"rows": jnp.ones_like(valid)}
@@ -88,6 +88,13 @@ class DiffusionTask(Task):
         """What is summed over rows, by row: the loss and its parts."""
         losses, parts = self._losses(params, stats, x, labels, t, noise, {})
         return parts | {"loss": losses}
+
+    def _draw_times(self, key: Array, rows: int) -> Array:
+        return self._process.draw_times(self.run.process, key, rows)
+
+    def _spread_times(self, key: Array, rows: int):
+        """Times of validation, as `_validation_parts` takes them."""
+        return self._process.spread_times(self.run.process, key, rows)
 
     @property
     def _process(self):

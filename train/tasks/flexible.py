@@ -12,9 +12,19 @@ from jax import Array
 
 from ...model.layers.patches import patch_name, patch_sides
 from ...model.nets.dit import DiT, DiTConfig
-from ...model.nets.flexidit import flexify, init_params, mode_config, mode_params
+from ...model.nets.flexidit import features, flexify, init_params, mode_config, mode_params
 from ...model.partition import parameter_shardings
-from ...model.processes.flexible import distillation_loss, draw_mode, mode_mixture
+from ...model.processes.flexible import (
+    clean_and_noise,
+    distillation_loss,
+    draw_mode,
+    mmd,
+    mode_mixture,
+    noised,
+    predict_clean,
+    time_spans,
+    times_at,
+)
 from ..checkpoint import restore_inference
 from ..config_files import read_config
 from .diffusion import DiffusionTask
@@ -25,7 +35,8 @@ class FlexibleTask(DiffusionTask):
 
     With adapters ("lora") the base is in `stats`, where nothing learns: no gradient, no optimiser
     state, no moving average. Validation has the ordinary loss of every patch size, `loss_p2`,
-    `loss_p4` and so on, and as `loss` their mean over what is trained.
+    `loss_p4` and so on, each at the times it trains on, and as `loss` their mean over what is
+    trained.
     """
 
     @property
@@ -99,13 +110,61 @@ class FlexibleTask(DiffusionTask):
                 weak, powerful, x.shape[-1], variance_weight=process.distill_variance
             )
             losses, parts = losses + process.distill * extra, parts | more
+        if process.match and mode != net.powerful:
+            key = jax.random.fold_in(rngs["dropout"], 1)
+            match = self._match(denoise, tree, x, labels, noise, key)
+            losses = losses + process.match * match
+            parts = parts | {"match": jnp.full(losses.shape, match)}
         return losses, parts
 
+    def _match(self, denoise, tree, x, labels, noise, key) -> Array:
+        """[]: discrepancy of what the weak and the powerful mode predict from far away."""
+        net, process = self.run.net, self.run.process
+        ends = self._span(self.mode), process.match_t_range
+        low, high = max(a for a, _ in ends), min(b for _, b in ends)
+        t = times_at(process, jax.random.uniform(key, (len(x),), minval=low, maxval=high))
+        x_t = noised(process, x, t, noise)
+        weak, _ = clean_and_noise(process, denoise(x_t, t), x_t, t)
+        teach = lambda x_t, time: denoise(x_t, time, net.powerful)
+        powerful = predict_clean(process, teach, x_t, t, process.match_steps)
+
+        def seen(images):
+            if process.match_features == "pixels":
+                return images.reshape(len(images), -1)
+            clean = times_at(process, jnp.zeros((len(images),)))
+            return features(net, tree, images, clean, labels, dtype=self.dtype)
+
+        powerful = seen(jax.lax.stop_gradient(powerful))
+        return mmd(seen(weak), powerful, process.match_kernel, median=True)
+
+    def _span(self, patch) -> tuple[float, float]:
+        """Shares of the noise on which a mode trains."""
+        return time_spans(self.run.process, self.run.net.others).get(patch, (0.0, 1.0))
+
+    def _draw_times(self, key, rows):
+        low, high = self._span(self.mode)
+        if (low, high) == (0.0, 1.0):
+            return super()._draw_times(key, rows)
+        share = jax.random.uniform(key, (rows,), minval=low, maxval=high)
+        return times_at(self.run.process, share)
+
+    def _spread_times(self, key, rows):
+        """{patch: times [B]}, spread over those it trains on."""
+        times, everywhere = {}, super()._spread_times(key, rows)
+        for patch in self.run.net.patch_sizes:
+            low, high = self._span(patch)
+            place = (jnp.arange(rows) + jax.random.uniform(key, (rows,))) / rows
+            within = times_at(self.run.process, low + (high - low) * place)
+            times[patch] = everywhere if (low, high) == (0.0, 1.0) else within
+        return times
+
     def _validation_parts(self, params, stats, x, labels, t, noise) -> dict[str, Array]:
-        plain = dataclasses.replace(self.run.process, denoise=1.0, distill=0.0)
+        plain = dataclasses.replace(self.run.process, denoise=1.0, distill=0.0, match=0.0)
         run = dataclasses.replace(self.run, process=plain)
         losses = {
-            patch: FlexibleTask(run, patch)._losses(params, stats, x, labels, t, noise, {})[0]
+            patch: FlexibleTask(run, patch)._losses(params, stats, x, labels, t[patch], noise, {})[
+                0
+            ]
             for patch in sorted(self.run.net.patch_sizes)
         }
         out = {f"loss_p{patch_name(patch)}": value for patch, value in losses.items()}
