@@ -6,11 +6,13 @@ import json
 import jax
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from lintime.model.convert.dit import dit_to_reference
+from lintime.model.convert.flexidit import flexidit_config_from_fields, flexidit_fields
 from lintime.model.nets.dit import DiT, DiTConfig
 from lintime.model.nets.flexidit import FlexiDiTConfig, init_params, mode_params
+from lintime.model.processes.flexible import FlexibleFlow
 from lintime.model.processes.gaussian import GaussianDiffusion
 from lintime.train.checkpoint import restore_inference, save_inference
 from lintime.train.cli import main
@@ -162,3 +164,54 @@ def test_patch_sizes_as_text():
     assert parse_sizes("2,4, 8") == (2, 4, 8)
     with pytest.raises(UserError, match="whole numbers separated by commas"):
         parse_sizes("2;4")
+
+
+@pytest.mark.parametrize("variant", ["shared", "lora"])
+def test_a_file_and_a_run_again(source, variant, tmp_path, capsys):
+    """`convert` to a file and back, from its config.json, or from shapes and what they lack."""
+    flexi, files = tmp_path / "flexi", tmp_path / "files"
+    told = ["net.rank=3", "net.targets=attn.qkv,mlp.fc2"] if variant == "lora" else []
+    flexify_run(source, flexi, patch_sizes=(2, 4), variant=variant, overrides=told)
+    net, before = weights(flexi)
+    assert main(["convert", "--run", str(flexi), "--to", "safetensors", "--out", str(files)]) == 0
+    assert "in the flexidit layout" in capsys.readouterr().out
+    flat = load_file(files / "model.safetensors")
+    assert {"shared": "patch_size_embed.4", "lora": "modes.4.lora.blocks.1.mlp.fc2.B"}[
+        variant
+    ] in flat
+    assert main(["convert", "--from", str(files), "--out", str(tmp_path / "again")]) == 0
+    again, after = weights(tmp_path / "again")
+    assert again == net and "lintime sample --run" in capsys.readouterr().out
+    jax.tree.map(np.testing.assert_array_equal, after, before)
+    process = read_config(tmp_path / "again/config.json").process
+    assert process == read_config(flexi / "config.json").process
+    # without the config.json
+    bare, more = ["--from", str(files / "model.safetensors")], ["net.base.n_head=2"]
+    (files / "config.json").unlink()
+    if variant == "shared":
+        assert main(["convert", *bare, "--out", str(tmp_path / "x"), *more]) == 2
+        assert "do not tell net.base.patch_size; give it" in capsys.readouterr().err
+        more += ["net.base.patch_size=2"]
+    out = tmp_path / "told"
+    assert main(["convert", *bare, "--out", str(out), "--layout", "flexisit", *more]) == 0
+    net, own = dataclasses.replace(net, underlying=4 if variant == "shared" else 0), weights(out)
+    assert own[0] == net
+    jax.tree.map(np.testing.assert_array_equal, own[1], before)
+    assert isinstance(read_config(out / "config.json").process, FlexibleFlow)
+    # it is no DiT
+    assert main(["flexify", str(out), "--patch-sizes", "2,4", "--out", str(tmp_path / "y")]) == 2
+    assert "is flexible already" in capsys.readouterr().err
+
+
+def test_fields_of_the_file():
+    config = FlexiDiTConfig(base=NET, variant="lora", alpha=8)
+    fields = json.loads(json.dumps(flexidit_fields(config)))
+    assert flexidit_config_from_fields(fields) == config
+    for change, words in (
+        ({"rank": "3"}, "rank='3', expected a value of type int"),
+        ({"patch_sizes": 4}, "expected a value of type tuple"),
+        ({"levels": 4}, "levels is not known"),
+        ({"patch_sizes": [4]}, "lack 2"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            flexidit_config_from_fields(fields | change)

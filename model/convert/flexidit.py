@@ -19,7 +19,16 @@ import numpy as np
 
 from ..nets.dit import position_table
 from ..nets.flexidit import FlexiDiTConfig, check_config, init_params
-from .dit import PATCH, POSITIONS, check_positions, dit_from_reference, dit_to_reference
+from .dit import (
+    PATCH,
+    POSITIONS,
+    check_positions,
+    dit_config_from_fields,
+    dit_config_from_reference,
+    dit_fields,
+    dit_from_reference,
+    dit_to_reference,
+)
 from .names import array_module, below, check_names, check_shapes, flatten, nest, shape_of
 
 FLEX = {
@@ -29,6 +38,10 @@ FLEX = {
 }
 MODES = "modes."
 SHIFT = "patch_size_embed"
+# Of `FlexiDiTConfig`, beside the arguments of the DiT.
+FIELDS = (
+    "patch_sizes", "variant", "underlying", "resize", "rank", "alpha", "targets", "detail",
+)  # fmt: skip
 
 
 def flexidit_from_reference(flat: Mapping[str, Any], config: FlexiDiTConfig) -> dict[str, Any]:
@@ -92,6 +105,78 @@ def flexidit_to_reference(params: Mapping[str, Any], config: FlexiDiTConfig) -> 
     flat |= {f"{SHIFT}.{p}": params[SHIFT][f"p{p}"] for p in config.others}
     flat[POSITIONS] = np.float32(position_table(config.base))[None]
     return flat
+
+
+def flexidit_fields(config: FlexiDiTConfig) -> dict[str, Any]:
+    """Arguments of the base's published class, and those of `FlexiDiTConfig` under our names.
+
+    Raises:
+        ValueError: the layout has no such base.
+    """
+    own = {name: getattr(config, name) for name in FIELDS}
+    own |= {name: list(own[name]) for name in ("patch_sizes", "targets")}
+    return dit_fields(config.base) | own
+
+
+def flexidit_config_from_fields(fields: Mapping[str, Any]) -> FlexiDiTConfig:
+    """Inverse of `flexidit_fields`.
+
+    Raises:
+        ValueError: unknown fields, values of another type, or a config that cannot be.
+    """
+    own = {name: fields[name] for name in FIELDS if name in fields}
+    for name, value in own.items():
+        default = getattr(FlexiDiTConfig, name)
+        kinds = {float: (int, float), tuple: (list, tuple)}.get(type(default), type(default))
+        if not isinstance(value, kinds):
+            raise ValueError(f"{name}={value!r}, expected a value of type {type(default).__name__}")
+        own[name] = type(default)(value)
+    base = dit_config_from_fields({n: v for n, v in fields.items() if n not in own})
+    config = FlexiDiTConfig(base=base, **own)
+    check_config(config)
+    return config
+
+
+def flexidit_config_from_reference(
+    flat: Mapping[str, Any], *, patch_size: int = 0, **known
+) -> FlexiDiTConfig:
+    """`FlexiDiTConfig` from names and shapes; `alpha` and `resize`, which they do not tell, are the
+    defaults.
+
+    Args:
+        flat: arrays by name.
+        patch_size: of the base; the shared variant does not tell.
+        known: as `dit_config_from_reference` takes it.
+
+    Raises:
+        ValueError: not this layout, or sizes that must be given.
+    """
+    if not any(name.startswith(MODES) for name in flat):
+        star = shape_of(flat, "x_embedder.flex.weight", 4)[2]
+        if not patch_size:
+            raise ValueError("the shapes do not tell net.base.patch_size; give it")
+        sizes = [n.partition(".")[2] for n in flat if n.startswith(f"{SHIFT}.")]
+        base = dit_config_from_reference({FLEX.get(n, n): a for n, a in flat.items()}, **known)
+        side = known.get("input_size") or base.input_size // star * patch_size
+        base = dataclasses.replace(base, patch_size=patch_size, input_size=side)
+        options: dict[str, Any] = {"underlying": star}
+    else:
+        own = below(flat, MODES)
+        sizes = {name.partition(".")[0] for name in own}
+        rest = {name: a for name, a in flat.items() if not name.startswith(MODES)}
+        base = dit_config_from_reference(rest, **known)
+        first = f"{min(sizes)}.lora.blocks.0."
+        targets = [n[len(first) : -2] for n in own if n.startswith(first) and n.endswith(".A")]
+        if not targets:
+            raise ValueError(f"no {MODES}{first}*: this is not the layout of adapters")
+        rank = shape_of(own, f"{first}{targets[0]}.A", 2)[0]
+        options = {"variant": "lora", "rank": rank, "targets": tuple(targets)}
+    if not all(map(str.isdigit, sizes)):
+        raise ValueError(f"patch sizes {', '.join(sorted(sizes))} are not all numbers")
+    patch_sizes = tuple(sorted({base.patch_size, *map(int, sizes)}))
+    config = FlexiDiTConfig(base=base, patch_sizes=patch_sizes, **options)
+    check_config(config)
+    return config
 
 
 def _at_star(config: FlexiDiTConfig):

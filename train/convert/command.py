@@ -13,6 +13,7 @@ import numpy as np
 
 from ...model.nets.aim import AiMConfig
 from ...model.nets.dit import DiTConfig
+from ...model.nets.flexidit import FlexiDiTConfig
 from ...model.nets.mamba_lm import MambaConfig
 from ...model.nets.transformer_vq import TransformerVQConfig
 from ...model.nets.vq_tokenizer import VQTokenizerConfig
@@ -38,6 +39,9 @@ from . import (
     dit as convert_dit,
 )
 from . import (
+    flexidit as convert_flexidit,
+)
+from . import (
     mamba as convert_mamba,
 )
 from . import (
@@ -58,6 +62,7 @@ examples:
   lintime convert --from aim-xlarge --out runs/aim-xl          # AiM with its tokenizer
   lintime convert --from vq_ds16_c2i.pt --out runs/vq16        # a tokenizer alone
   lintime convert --from DiT-XL-2-256x256.pt --out runs/dit    # --layout sit for SiT
+  lintime convert --run runs/flexi --to safetensors --out flexi   # and --from flexi, back
   lintime convert --run runs/dense --to vq --out runs/dense-vq net.n_code=512
 """
 # Each system's module has to_run(flat, ...) and from_run(run, ...).
@@ -67,6 +72,7 @@ SYSTEMS = {
     AiMConfig: convert_aim,
     VQTokenizerConfig: convert_tokenizer,
     DiTConfig: convert_dit,
+    FlexiDiTConfig: convert_flexidit,
 }
 LAYOUTS = {name: module for module in SYSTEMS.values() for name in module.LAYOUTS}
 
@@ -120,7 +126,7 @@ def run_command(arguments: argparse.Namespace) -> None:
                 f"  lintime sample --run {out} data.path=IMAGES\n"
                 f"  lintime prepare codes IMAGES --tokenizer {out} --out DIR"
             )
-        elif isinstance(run.net, DiTConfig):
+        elif isinstance(run.net, DiTConfig | FlexiDiTConfig):
             pixels = isinstance(run.data, ImageData)
             more = "" if pixels else " data.autoencoder=FOLDER"
             print(f"{out} is ready:\n  lintime sample --run {out}{more}")
@@ -209,7 +215,9 @@ def convert(
 
 def recognise(flat: Mapping[str, np.ndarray]) -> ModuleType:
     """The system whose names these are; Transformer-VQ's explains what it does not know."""
-    for system in (convert_aim, convert_mamba, convert_dit, convert_tokenizer):
+    for system in (
+        convert_aim, convert_mamba, convert_flexidit, convert_dit, convert_tokenizer,
+    ):  # fmt: skip
         if system.recognises(flat):
             return system
     return convert_vq

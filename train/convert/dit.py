@@ -51,12 +51,7 @@ def to_run(
     """
     try:
         if config is None:
-            net = _net(flat, reference, overrides)
-            flow = layout == "sit"
-            variance = "learned_range" if net.learn_sigma else "fixed_large"
-            process = FlowMatching() if flow else GaussianDiffusion(variance=variance)
-            sample = DEMO["sit" if flow else "dit"]
-            config = Run(net=net, process=process, data=LatentData(), sample=sample)
+            config = demo_run(_net(flat, reference, overrides), layout or "dit")
         run = apply_overrides(config, overrides)
         if not isinstance(run.net, DiTConfig):
             raise UserError(f"{source} is a DiT checkpoint, the config is of another net")
@@ -67,14 +62,26 @@ def to_run(
         raise UserError(f"{source}: {error}") from error
 
 
+def demo_run(net: DiTConfig, layout: str) -> Run:
+    """A run of a net of latents whose layout is "dit" or "sit", drawing as the published demos."""
+    variance = "learned_range" if net.learn_sigma else "fixed_large"
+    process = FlowMatching() if layout == "sit" else GaussianDiffusion(variance=variance)
+    return Run(net=net, process=process, data=LatentData(), sample=DEMO[layout])
+
+
 def _net(flat, reference, overrides) -> DiTConfig:
     """The net that hyperparameters, or else the arrays and `overrides`, tell."""
     if reference is not None:
         return layout_of.dit_config_from_fields(reference)
-    told = {o.partition("=")[0].strip().removeprefix("net."): o for o in overrides}
-    given = apply_overrides(Run(net=DiTConfig()), [told[n] for n in TOLD if n in told]).net
-    known = {name: getattr(given, name) for name in TOLD if name in told}
-    return layout_of.dit_config_from_reference(flat, **known)
+    return layout_of.dit_config_from_reference(flat, **told(overrides, "net.", TOLD))
+
+
+def told(overrides: Sequence[str], prefix: str, names: Sequence[str]) -> dict[str, Any]:
+    """{name: value} of those `names` of a `DiTConfig` that overrides `prefix`name=value give."""
+    given = {o.partition("=")[0].strip(): o.partition("=")[2] for o in overrides}
+    given = {name: given[prefix + name] for name in names if prefix + name in given}
+    net = apply_overrides(Run(net=DiTConfig()), [f"net.{n}={v}" for n, v in given.items()]).net
+    return {name: getattr(net, name) for name in given}
 
 
 def from_run(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,15 +13,13 @@ import numpy as np
 from ...model.layers.patches import Patch, patch_name
 from ...model.nets.dit import DiT, DiTConfig
 from ...model.nets.flexidit import FlexiDiTConfig, flexify, mode_flops
-from ...model.processes.flexible import FlexibleDiffusion, FlexibleFlow
-from ...model.processes.flow import FlowMatching
 from ..arrays import config_beside, must_be_new, read_arrays, read_hyperparameters
 from ..checkpoint import FOLDER, restore_inference, save_inference
 from ..config_files import read_config, save_config
 from ..errors import UserError
 from ..override import apply_overrides
-from ..schema import FlexibleSample, Run
-from ..tasks.flexible import split_base
+from ..schema import Run
+from ..tasks.flexible import flexible_run, split_base
 from ..validate import validate
 from . import dit as convert_dit
 from .command import recognise
@@ -150,21 +147,6 @@ def flexify_run(
     save_inference(out, variables, 0, {"flexified_from": str(source)})
     save_config(run, out / "config.json")
     return run
-
-
-def flexible_run(run: Run, net: FlexiDiTConfig) -> Run:
-    """The run of a DiT with another net, and process and samples as that takes them.
-
-    Modes of the shared variant learn what the net was trained for; adapters ("lora") follow the
-    powerful mode alone.
-    """
-    flow = isinstance(run.process, FlowMatching)
-    terms = {"denoise": 0.0, "distill": 1.0} if net.variant == "lora" else {}
-    process = (FlexibleFlow if flow else FlexibleDiffusion)(**vars(run.process), **terms)
-    sample = FlexibleSample(**vars(run.sample))
-    return dataclasses.replace(
-        run, net=net, process=process, sample=sample, init_from="", stages=()
-    )
 
 
 def _trained_dit(

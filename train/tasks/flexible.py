@@ -12,9 +12,18 @@ from jax import Array
 
 from ...model.layers.patches import patch_name, patch_sides
 from ...model.nets.dit import DiT, DiTConfig
-from ...model.nets.flexidit import features, flexify, init_params, mode_config, mode_params
+from ...model.nets.flexidit import (
+    FlexiDiTConfig,
+    features,
+    flexify,
+    init_params,
+    mode_config,
+    mode_params,
+)
 from ...model.partition import parameter_shardings
 from ...model.processes.flexible import (
+    FlexibleDiffusion,
+    FlexibleFlow,
     clean_and_noise,
     distillation_loss,
     draw_mode,
@@ -25,8 +34,10 @@ from ...model.processes.flexible import (
     time_spans,
     times_at,
 )
+from ...model.processes.flow import FlowMatching
 from ..checkpoint import restore_inference
 from ..config_files import read_config
+from ..schema import FlexibleSample, Run
 from .diffusion import DiffusionTask
 
 
@@ -169,6 +180,21 @@ class FlexibleTask(DiffusionTask):
         }
         out = {f"loss_p{patch_name(patch)}": value for patch, value in losses.items()}
         return out | {"loss": sum(share * losses[p] for p, share in self.modes.items())}
+
+
+def flexible_run(run: Run, net: FlexiDiTConfig) -> Run:
+    """The run of a DiT with another net, and process and samples as that takes them.
+
+    Modes of the shared variant learn what the net was trained for; adapters ("lora") follow the
+    powerful mode alone.
+    """
+    flow = isinstance(run.process, FlowMatching)
+    terms = {"denoise": 0.0, "distill": 1.0} if net.variant == "lora" else {}
+    process = (FlexibleFlow if flow else FlexibleDiffusion)(**vars(run.process), **terms)
+    sample = FlexibleSample(**vars(run.sample))
+    return dataclasses.replace(
+        run, net=net, process=process, sample=sample, init_from="", stages=()
+    )
 
 
 def split_base(tree: dict[str, Any]) -> dict[str, Any]:
