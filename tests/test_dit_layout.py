@@ -259,7 +259,7 @@ def test_a_run_of_dit_or_sit():
     sit, _ = convert(flat, layout="sit", reference=layout_of.dit_fields(CONFIG))
     assert sit.process == FlowMatching() and sit.net == CONFIG and sit.sample.method == "sde"
     flat["pos_embed"] = table(16, 4)
-    with pytest.raises(UserError, match="f: pos_embed .* set net.input_size=16"):
+    with pytest.raises(UserError, match="input_size=16 in a net of 8: net.base_size=16 inter"):
         convert(flat, config=Run(net=CONFIG))
     assert convert(flat, "net.n_head=4")[0].net.input_size == 16
     with pytest.raises(UserError, match="f: the shapes do not tell net.n_head"):

@@ -117,7 +117,8 @@ _RANGES = (
         "process.commitment_weight process.entropy_weight sample.count sample.columns "
         "eval.samples sample.eta sample.guidance_channels net.base_patch data.resize_max "
         "data.images.workers sample.weak sample.weak_guidance process.denoise process.distill "
-        "process.distill_variance process.match net.underlying net.frames net.base_patch_frames",
+        "process.distill_variance process.match net.base_size net.underlying net.frames "
+        "net.base_patch_frames",
     ),
     (
         "in [0, 1)",

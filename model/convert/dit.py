@@ -10,6 +10,7 @@ column, channel). Arrays may be numpy's, or jax's as in `jax.eval_shape`.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 from collections.abc import Mapping
@@ -135,27 +136,38 @@ def _check_net(config: DiTConfig) -> None:
 
 
 def check_positions(given: Any, config: DiTConfig) -> None:
-    """The table `pos_embed` of a file must be the computed one.
+    """The table `pos_embed` of a file must be the computed one: that of the net, or, where the net
+    is of another resolution and its base_size says how to take that, of the file's own.
 
     Raises:
-        ValueError: another resolution, or other positions.
+        ValueError: another resolution and no base_size, or other positions.
     """
     tokens, width = config.tokens, config.d_model
     if tuple(given.shape) != (1, tokens, width):
-        side = math.isqrt(given.shape[1]) if given.ndim == 3 else 0
-        raise ValueError(
-            f"{POSITIONS} has shape {tuple(given.shape)}, expected (1, {tokens}, {width}): the "
-            f"file is of another resolution; set net.input_size={side * config.patch_size} (now "
-            f"{config.input_size}, patches of {config.patch_size})"
-        )
+        size = size_of_positions(given, config.patch_size)
+        if not size or not config.base_size or given.shape[2] != width:
+            raise ValueError(
+                f"{POSITIONS} has shape {tuple(given.shape)}, expected (1, {tokens}, {width}): the "
+                f"file is of another resolution; set net.input_size={size} (now "
+                f"{config.input_size}, patches of {config.patch_size}), or "
+                f"net.base_size={size} to interpolate its positions"
+            )
+        config = dataclasses.replace(config, input_size=size, base_size=0)
     if not isinstance(given, np.ndarray):
         return  # shapes only
     error = np.max(np.abs(given[0] - position_table(config)))
     if not error <= POSITION_TOLERANCE:
         raise ValueError(
             f"{POSITIONS} differs from the computed table by {error:.2g}, more than "
-            f"{POSITION_TOLERANCE:g}: the file was made with other positions"
+            f"{POSITION_TOLERANCE:g}: the file was made with other positions (net.base_size now "
+            f"{config.base_size})"
         )
+
+
+def size_of_positions(given: Any, patch: int) -> int:
+    """The input size that a table `pos_embed` (1, tokens, width) is of; 0 if it is of none."""
+    side = math.isqrt(given.shape[1]) if given.ndim == 3 else 0
+    return side * patch if side and side**2 == given.shape[1] else 0
 
 
 def _shapes(config: DiTConfig) -> dict[str, tuple[int, ...]]:
@@ -219,7 +231,8 @@ def dit_config_from_fields(fields: Mapping[str, Any]) -> DiTConfig:
     Args:
         fields: input_size, patch_size, in_channels, hidden_size, depth, num_heads, mlp_ratio,
             class_dropout_prob, num_classes, learn_sigma (those not given have the published
-            default); or instead of sizes model ("DiT-XL/2") and image_size (8 times input_size).
+            default); or instead of sizes model ("DiT-XL/2") and image_size (8 times input_size);
+            and base_size, which is ours.
 
     Raises:
         ValueError: fields that are not known, or are no numbers.
@@ -235,6 +248,8 @@ def dit_config_from_fields(fields: Mapping[str, Any]) -> DiTConfig:
         config = {"n_layer": depth, "d_model": width, "n_head": heads, "patch_size": int(found[2])}
     if "image_size" in fields:
         fields["input_size"] = _number("image_size", fields.pop("image_size"), int) // 8
+    if "base_size" in fields:
+        config["base_size"] = _number("base_size", fields.pop("base_size"), int)
     unknown = sorted(fields.keys() - set(FIELDS.values()))
     if unknown:
         raise ValueError(f"{', '.join(unknown)} is not known; known: {', '.join(FIELDS.values())}")
@@ -253,10 +268,12 @@ def _number(name: str, value: Any, kind: type) -> Any:
 
 
 def dit_fields(config: DiTConfig) -> dict[str, Any]:
-    """The arguments of the published class; inverse of `dit_config_from_fields`.
+    """The arguments of the published class (and base_size, if there is one, of which it sees the
+    effect in `pos_embed`); inverse of `dit_config_from_fields`.
 
     Raises:
         ValueError: the layout has no such mixer, no context or no videos.
     """
     _check_net(config)
-    return {theirs: getattr(config, ours) for ours, theirs in FIELDS.items()}
+    own = {"base_size": config.base_size} if config.base_size else {}
+    return {theirs: getattr(config, ours) for ours, theirs in FIELDS.items()} | own

@@ -43,6 +43,8 @@ class DiTConfig:
 
     Attributes:
         input_size: side of the (latent) image. in_channels: C.
+        base_size: the input size over whose range positions are stretched, that of the images the
+            weights were trained on: interpolation; 0 means input_size.
         patch_size: p, which divides input_size.
         base_patch: the patch in whose units positions count; 0 means patch_size.
         frames: F of a video; 0: the net takes images.
@@ -70,6 +72,7 @@ class DiTConfig:
     """
 
     input_size: int = 32
+    base_size: int = 0
     patch_size: int = 2
     base_patch: int = 0
     frames: int = 0
@@ -208,6 +211,7 @@ def check_context(config: DiTConfig) -> None:
 def position_table(config: DiTConfig):
     """The net's position table [T, D] float64 (numpy): a constant, not a parameter."""
     side = config.patch_size / (config.base_patch or config.patch_size)
+    side *= (config.base_size or config.input_size) / config.input_size
     time = config.patch_frames / (config.base_patch_frames or config.patch_frames)
     scale = (time, side, side) if config.frames else side
     return sincos_positions(config.d_model, config.grid, scale=scale)

@@ -15,6 +15,7 @@ from ...model.processes.gaussian import GaussianDiffusion
 from ..arrays import load_weights
 from ..errors import UserError
 from ..override import apply_overrides
+from ..resolution import check_positions_of
 from ..schema import DiffusionSample, LatentData, Run
 
 LAYOUTS = ("dit", "sit")
@@ -55,6 +56,8 @@ def to_run(
         run = apply_overrides(config, overrides)
         if not isinstance(run.net, DiTConfig):
             raise UserError(f"{source} is a DiT checkpoint, the config is of another net")
+        if said := check_positions_of(flat, run.net):
+            print(said)
         return run, {"params": layout_of.dit_from_reference(flat, run.net), "stats": {}}
     except UserError:
         raise

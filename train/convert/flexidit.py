@@ -14,6 +14,7 @@ from ...model.processes.flow import FlowMatching
 from ..arrays import load_weights
 from ..errors import UserError
 from ..override import apply_overrides
+from ..resolution import check_positions_of
 from ..schema import Run
 from ..tasks.flexible import flexible_run, split_base
 from . import dit as convert_dit
@@ -54,6 +55,8 @@ def to_run(
         run = apply_overrides(config, overrides)
         if not isinstance(run.net, FlexiDiTConfig):
             raise UserError(f"{source} is a FlexiDiT checkpoint, the config is of another net")
+        if said := check_positions_of(flat, run.net):
+            print(said)
         return run, split_base(layout_of.flexidit_from_reference(flat, run.net))
     except UserError:
         raise

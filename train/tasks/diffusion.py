@@ -11,6 +11,7 @@ from ...model.nets.dit import DiT, DiTConfig
 from ...model.processes import flow, gaussian
 from ...model.processes.flow import FlowMatching
 from ..errors import UserError
+from ..resolution import check_resolution_of
 from ..schema import LatentData, Run, VideoData
 from .base import Task
 
@@ -38,6 +39,16 @@ class DiffusionTask(Task):
     def net(self) -> DiT:
         precision = self.run.precision
         return DiT(self.dit, self.dtype, precision.remat, precision.unroll)
+
+    def start_from(self, path, wanted):
+        said = check_resolution_of(path, self.run.net)
+        loaded = self._restored(path, wanted)
+        if said and jax.process_index() == 0:
+            print(f"init_from={path}: {said}", flush=True)
+        return loaded
+
+    def _restored(self, path, wanted):
+        return super().start_from(path, wanted)
 
     def abstract_batch(self):
         rows, data = self.run.batch_size, self.run.data

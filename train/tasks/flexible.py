@@ -75,11 +75,11 @@ class FlexibleTask(DiffusionTask):
             mode["patch_frames"] = jnp.float32(frames[0])
         return *out, metrics | {"mean": metrics["mean"] | mode}
 
-    def start_from(self, path, wanted):
+    def _restored(self, path, wanted):
         """A FlexiDiT's weights, or those of the DiT that is to become flexible."""
         saved = Path(path).expanduser() / "config.json"
         if not saved.is_file() or not isinstance(read_config(saved).net, DiTConfig):
-            return super().start_from(path, wanted)
+            return super()._restored(path, wanted)
         mesh = jax.tree.leaves(wanted)[0].sharding.mesh
         plain = DiffusionTask(dataclasses.replace(self.run, net=self.dit))
         base = jax.eval_shape(plain.init, jax.random.key(0))["params"]
