@@ -290,7 +290,10 @@ def test_one_budget_is_a_grid_and_several_a_picture_with_a_table(cli, whole, cop
     assert 55 <= share <= 65 and len(segments) == 2 and segments[0].mode == 4
     assert " s for 4 images" in lines[1]
     (name,) = pngs(copy)
-    assert lines[2] == f"4 images at 2 budgets: {copy}/samples/{name}" and "budgets" in name
+    assert (
+        lines[2] == f"4 images at 2 budgets, a multiply-add is 2 FLOPs: {copy}/samples/{name}"
+        and "budgets" in name
+    )
     before = pngs(copy)
     assert np.asarray(Image.open(copy / "samples" / name)).ndim == 3
     # other settings, another picture; a single budget is an ordinary grid, by either spelling
@@ -307,6 +310,8 @@ def test_one_budget_is_a_grid_and_several_a_picture_with_a_table(cli, whole, cop
     loaded = lintime.load(copy)
     draw = lambda budget: loaded.generate([0, 1], steps=8, guidance=2.0, budgets=(budget,))
     assert np.any(draw(0.6) != draw(1.0))
+    with pytest.raises(UserError, match=r"budgets=1, 0.6: images are drawn at one .*=\(0.6,\)"):
+        loaded.generate([0, 1], budgets=(1.0, 0.6))
 
 
 def test_mistakes_of_budgets_are_one_line(cli, copy, dit):
@@ -320,6 +325,8 @@ def test_mistakes_of_budgets_are_one_line(cli, copy, dit):
     assert "no mode of patch size 8; there are 2, 4" in sample("sample.weak=8")
     assert "choose one of cfg, weak_uncond, weak_cond" in sample("sample.guide=strong")
     assert "sample.npz=true would be ignored" in sample("--budget", "1,0.6", "sample.npz=true")
+    line = cli.refused("eval", "--run", copy, "eval.samples=4", "sample.budgets=1,0.6")
+    assert "eval.samples=4 images are drawn at one budget, sample.budgets has 2" in line
     assert "class 4 is out of range" in sample("sample.classes=4", "--budget", "1,0.6")
     line = cli.refused("sample", "--run", dit[1], "--budget", "0.6")
     assert "--budget 0.6: " in line and "lintime flexify" in line

@@ -319,6 +319,11 @@ def _check_guidance(run: Run, net: DiTConfig, at: str) -> None:
                 f"sample.{name}=true would be ignored: several budgets are drawn as one picture; "
                 "give one of sample.budgets"
             )
+    if len(sample.budgets) > 1 and run.eval.samples:
+        raise UserError(
+            f"eval.samples={run.eval.samples} images are drawn at one budget, sample.budgets has "
+            f"{len(sample.budgets)}; set sample.budgets={sample.budgets[-1]:g} or another"
+        )
 
 
 def _check_null_class(run: Run, net: DiTConfig, at: str) -> None:

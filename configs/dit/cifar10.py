@@ -1,7 +1,7 @@
 """Pixel DiT on CIFAR-10 or other 32x32 images of 10 classes: 48 M parameters, no autoencoder.
 
 Paper: the net of DiT, arXiv 2212.09748; cosine schedule and learned variances of arXiv 2102.09672.
-Cost: 8.7 GFLOPs (multiply-adds) forward per image; 200 K updates of 256.
+Cost: 8.7 Gmacs (10^9 multiply-adds) forward per image; 200 K updates of 256.
 Expected: no published figure for this net.
 Command: lintime train dit/cifar10 data.path=cifar10.npz
 Not run. The .npz holds `images` uint8 [N, 32, 32, 3] and `labels` [N].

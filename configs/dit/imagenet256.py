@@ -1,7 +1,7 @@
 """DiT-XL/2 on ImageNet 256x256 latents: 675 M parameters.
 
 Paper: DiT, arXiv 2212.09748, sections 3 and 4, in bfloat16 (the released code: float32).
-Cost: 118.6 GFLOPs (multiply-adds) forward per image, three times that per update; 7 M updates.
+Cost: 118.6 Gmacs (10^9 multiply-adds) forward per image, three times that per update; 7 M updates.
 Expected: FID 2.27 with guidance 1.5 at 250 steps (repository of the paper); 19.5 without guidance
 after 400 K updates.
 Command:

@@ -1,7 +1,7 @@
 """DiT-XL/2 on ImageNet 512x512 latents: 675 M parameters, 1,024 tokens.
 
 Paper: DiT, arXiv 2212.09748, section 5.1.
-Cost: 524.5 GFLOPs (multiply-adds) forward per image; 3 M updates.
+Cost: 524.5 Gmacs (10^9 multiply-adds) forward per image; 3 M updates.
 Expected: FID 3.04 with guidance 1.5 at 250 steps (repository of the paper).
 Command:
   lintime prepare latents IMAGENET --size 512 --autoencoder sd-vae-ft-ema --out latents-512

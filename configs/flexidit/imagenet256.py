@@ -2,7 +2,7 @@
 
 Paper: FlexiDiT, arXiv 2502.20126 (shared parameters; its recipe is not public in full, see
 docs/dit.md for what was decided here).
-Cost: patch size 4 is 29.0 of the 118.6 GFLOPs (multiply-adds) of a forward pass.
+Cost: patch size 4 is 29.0 of the 118.6 Gmacs (10^9 multiply-adds) of a forward pass.
 Expected: FID 2.25 at 63% of the FLOPs (arXiv 2502.20126 as quoted by later work).
 Command:
   lintime convert --from DiT-XL-2-256x256.pt --out runs/dit-xl

@@ -258,12 +258,14 @@ def features(
 
 
 def mode_flops(config: FlexiDiTConfig) -> dict[Patch, float]:
-    """{patch: multiply-adds of one image's forward pass} of every mode; see `dit_flops`."""
+    """{patch: multiply-adds (half the FLOPs) of one image's forward pass} of every mode; see
+    `dit_flops`."""
     return {p: dit_flops(mode_config(config, p)) for p in sorted(config.patch_sizes)}
 
 
 def flops(config: FlexiDiTConfig | DiTConfig, patch: Patch | None = None) -> float:
-    """Multiply-adds of one image's forward pass in mode `patch` (the base's if None)."""
+    """Multiply-adds (half the FLOPs) of one image's forward pass in mode `patch` (the base's if
+    None)."""
     if isinstance(config, DiTConfig):
         return dit_flops(config, patch)
     return dit_flops(mode_config(config, patch or config.powerful))

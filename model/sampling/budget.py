@@ -1,11 +1,13 @@
 """Compute budgets of a sampler whose patch size changes from step to step (arXiv 2502.20126).
 
-    costs = mode_flops(config)                           # {2: 118.6e9, 4: 29.0e9}
+    costs = mode_flops(config)               # {2: 118.6e9, 4: 29.0e9} multiply-adds
     levels = by_budget(250, 0.6, costs, weak=4, powerful=2)
     segments = with_guidance(levels, "cfg", powerful=2, weak=4)
     trajectory_flops(segments, costs, powerful=2)
 
-`plan` does both for whichever way a schedule is given.
+`plan` does both for whichever way a schedule is given. Costs are multiply-adds counted once, the
+unit of the "Gflops" of DiT's and FlexiDiT's tables and half of what is called FLOPs elsewhere here
+(a multiply-add is two operations); ratios and budgets are the same in both.
 
 Patch sizes are p for images, (frames, p, p) for videos. A level is (patch size, steps); levels are
 in the order of the steps, the noisiest first, where the predictions of weak (large patch, cheap)
@@ -26,7 +28,7 @@ TIME_FEATURES = 256
 
 
 def dit_flops(config, patch: Patch | None = None) -> float:
-    """Multiply-adds of one forward pass of one image, the unit of the "Gflops" of DiT's table.
+    """Multiply-adds (half the FLOPs) of one image's forward pass, the unit of DiT's "Gflops".
 
     N = (I/p)^2 tokens; L ((4 + 2 m) N D^2 + 2 N^2 D + 6 D^2) in blocks (projections and MLP of
     ratio m, scores and values, modulation), N p^2 C D and N p^2 C_out D + 2 D^2 at the ends,
@@ -279,7 +281,7 @@ def plan(
 
 
 def segment_flops(segment: Segment, costs: Mapping[Patch, float], powerful: Patch) -> float:
-    """What all steps of a segment cost for one image, in the unit of `costs`.
+    """What all steps of a segment cost for one image, in the unit of `costs`: multiply-adds.
 
     Args:
         costs: of a prediction by patch size. powerful: the mode of a segment that names none.
@@ -292,8 +294,8 @@ def segment_flops(segment: Segment, costs: Mapping[Patch, float], powerful: Patc
 def trajectory_flops(
     segments: Sequence[Segment], costs: Mapping[Patch, float], powerful: Patch
 ) -> float:
-    """What a whole trajectory of one image costs, in the unit of `costs`: both predictions of a
-    guided step. Solvers that predict twice per step cost twice as much."""
+    """What a whole trajectory of one image costs, in the unit of `costs` (multiply-adds): both
+    predictions of a guided step. Solvers that predict twice per step cost twice as much."""
     return math.fsum(segment_flops(segment, costs, powerful) for segment in segments)
 
 

@@ -10,9 +10,9 @@ from .report import table
 
 HEADERS = {
     "training": ["size", "images/s", "ms/step", "TFLOP/s", "MFU", "GiB"],
-    "sampling": ["size", "images/s", "s", "GFLOPs", "TFLOP/s", "s at peak", "x peak", "GiB"],
+    "sampling": ["size", "images/s", "s", "Gmacs", "TFLOP/s", "s at peak", "x peak", "GiB"],
     "flexible": [
-        "size", "schedule", "images/s", "s", "GFLOPs", "time ratio", "FLOPs ratio", "s at peak",
+        "size", "schedule", "images/s", "s", "Gmacs", "time ratio", "FLOPs ratio", "s at peak",
         "x peak", "GiB",
     ],
 }  # fmt: skip
@@ -39,7 +39,7 @@ def _row(report, point) -> list[str]:
     cells = {
         "size": point["size"], "schedule": point.get("schedule", ""),
         "images/s": f"{report['images'] / seconds:.2f}", "s": f"{seconds:.3f}",
-        "GFLOPs": f"{point['macs'] / 1e9:,.0f}",
+        "Gmacs": f"{point['macs'] / 1e9:,.0f}",
         "TFLOP/s": f"{point['flops'] / seconds / 1e12:.0f}",
         "time ratio": f"{point.get('time_ratio', 1):.3f}",
         "FLOPs ratio": f"{point.get('flops_ratio', 1):.3f}",
@@ -55,7 +55,7 @@ def markdown(report: dict[str, Any]) -> str:
     head = f"{device['kind']}, jax {device['jax']}, Python {report['python']}, {report['date']}"
     draws = (
         f"{report['images']} images at a time, {report['steps']} steps of {report['method']} with "
-        f"guidance (twice the rows), {report['dtype']}, median; GFLOPs: multiply-adds of one "
+        f"guidance (twice the rows), {report['dtype']}, median; Gmacs: 10^9 multiply-adds of one "
         "image's whole trajectory (the unit of published tables), at peak: twice as many "
         "operations at the device's bfloat16 peak."
     )

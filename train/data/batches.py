@@ -159,6 +159,8 @@ class StepDataset:
         size = self.batches.batch_size
         if rows.size and not (0 <= rows.min() and rows.max() < size):
             raise ValueError(
-                f"rows {rows.min()}..{rows.max()} are outside the batch of {size} rows"
+                f"rows {rows.min()}..{rows.max()} are outside the batch of {size} rows "
+                f"(batch_size={size}); take more of them from further steps, or open the data with "
+                "a larger batch_size"
             )
         return rows

@@ -17,6 +17,7 @@ from ...model.nets.flexidit import (
 )
 from ...model.sampling.budget import plan
 from ...model.sampling.diffusion import Segment, guided_iterations
+from ..errors import UserError
 from ..flops import count_flops
 from ..schema import FlexibleSample
 from .diffusion import LoadedDiffusion, jit_sampler, solver_options
@@ -42,8 +43,18 @@ class LoadedFlexible(LoadedDiffusion):
 
     def sampler(self, settings: FlexibleSample | None = None) -> Callable:
         """A jitted sampler(modes, keys, labels, *, guidance=None), see `LoadedDiffusion.sampler`,
-        at the first of `settings.budgets`: one compiled program of all its patch sizes."""
+        at the one of `settings.budgets`: one compiled program of all its patch sizes.
+
+        Raises:
+            UserError: several budgets. `sample_budgets` draws those side by side.
+        """
         settings = settings or self.config.sample
+        if len(settings.budgets) != 1:
+            listed = ", ".join(f"{b:g}" for b in settings.budgets)
+            raise UserError(
+                f"budgets={listed}: images are drawn at one of them; name it, such as "
+                f"budgets=({settings.budgets[-1]:g},)"
+            )
         options = solver_options(settings)
         options.pop("steps")
         return self._cached(
@@ -85,8 +96,8 @@ def flexible_segments(
 
 
 def flexible_flops(config: FlexiDiTConfig, s: FlexibleSample, budget: float) -> float:
-    """Multiply-adds of one image drawn at a budget, in the unit of DiT's "Gflops"; guiding
-    predictions count where they are made."""
+    """Multiply-adds (half the FLOPs) of one image drawn at a budget, the unit of DiT's "Gflops";
+    guiding predictions count where they are made."""
     costs, total = mode_costs(config), 0.0
     parts = [part for part in flexible_segments(config, s, budget) for _ in range(part.steps)]
     for part, acts in zip(parts, guided_iterations(s.steps, s.guidance_interval)):
@@ -99,8 +110,8 @@ def flexible_flops(config: FlexiDiTConfig, s: FlexibleSample, budget: float) -> 
 
 @functools.lru_cache(maxsize=8)
 def mode_costs(config: FlexiDiTConfig) -> dict[int, float]:
-    """{patch: multiply-adds of a prediction}: DiT's formula, or counted where the mixer is another
-    than attention."""
+    """{patch: multiply-adds (half the FLOPs) of a prediction}: DiT's formula, or counted where the
+    mixer is another than attention."""
     if config.base.mixer == "attention":
         return mode_flops(config)
 

@@ -60,7 +60,10 @@ def sample_budgets(
     folder, stem = picture_stem(loaded, sample, seed, end="budgets")
     path = folder / f"{stem}.png"
     write_atomic(path, _picture(results, sample.columns, one))
-    out.write(f"{len(classes)} {loaded.noun} at {len(results)} budgets: {path}\n")
+    out.write(
+        f"{len(classes)} {loaded.noun} at {len(results)} budgets, a multiply-add is 2 FLOPs: "
+        f"{path}\n"
+    )
     if loaded.noun == "images":
         return [path]
     grids = [picture_grid(videos[:GRID], sample.columns) for *_, videos in results]
@@ -92,6 +95,7 @@ def _picture(results, columns: int, one: str) -> bytes:
             f"{seconds:.3g} s", fontsize=9,
         )  # fmt: skip
         axes.set_axis_off()
+    figure.supxlabel("a multiply-add is 2 FLOPs", fontsize=7)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=120)
     return buffer.getvalue()
