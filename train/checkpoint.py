@@ -83,7 +83,9 @@ class Checkpoints:
         items = {p: ocp.args.StandardSave(getattr(state, p)) for p in PARTS if getattr(state, p)}
         meta = meta | {"format": FORMAT_VERSION, "step": step, "val_loss": val_loss}
         metrics = None if val_loss is None else {"val_loss": val_loss}
-        with _one_line(self.folder / str(step)):
+        # Orbax warns of a save without the metric that ranks saves.
+        quiet = _errors_only("absl") if metrics is None else contextlib.nullcontext()
+        with _one_line(self.folder / str(step)), quiet:
             self._manager.save(
                 step,
                 args=ocp.args.Composite(meta=ocp.args.JsonSave(meta), **items),
