@@ -173,7 +173,7 @@ def test_matching_alone_brings_the_distributions_together():
         state, metrics = step(state, batch | {"step": jnp.int32(number)})
         assert metrics["ok"]
         far.append(float(metrics["match"]))
-        assert float(metrics["loss"]) == pytest.approx(2 * far[-1], rel=1e-5)
+        assert float(metrics["loss"]) == pytest.approx(2 * far[-1], rel=1e-5, abs=1e-4)
     assert np.mean(far[-5:]) < 0.5 * np.mean(far[:5])
 
 
@@ -222,6 +222,12 @@ def test_weak_modes_train_where_they_are_said_to(flow):
         ("process.train_t_range=0,0.5,0,1", "such a pair for each"),
         ("process.train_t_range=0.5,1.5", "give 0 <= low < high <= 1"),
         ("process.match=1 process.train_t_range=0,0.4", "have no times in common"),
+        # 53 of 100 weak steps, down to 48% of the noise
+        (
+            "process.train_t_range=0.6,1 sample.steps=100 sample.budgets=0.6",
+            "sample.budgets=0.6 uses patch size 4 from 1 to 0.4[0-9] of the noise, but it trains "
+            "on 0.6 to 1 .process.train_t_range",
+        ),
     ],
 )
 def test_settings_that_cannot_be(overrides, words):

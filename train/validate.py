@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 
 from ..model.layers.image_coder import check_channels
+from ..model.layers.patches import patch_name
 from ..model.nets import aim, dit, mamba_lm
 from ..model.nets.aim import AiMConfig
 from ..model.nets.dit import DiTConfig
@@ -248,6 +249,7 @@ def _check_diffusion(run: Run) -> None:
         if flexible:
             check_config(run.net)
             _check_objectives(run)
+            _check_trained_times(run)
         _check_null_class(run, net, at)
         make_sampler(dit.DiT(net), process=run.process, **solver_options(run.sample))
     except ValueError as error:
@@ -276,6 +278,24 @@ def _check_objectives(run: Run) -> None:
             f"process.match={run.process.match} compares rows of a micro-batch, which has {rows}; "
             f"set batch_size={2 * run.optim.accumulate} or more, or less of optim.accumulate"
         )
+
+
+def _check_trained_times(run: Run) -> None:
+    """Refuses budgets at which a weak mode acts, by a step or more, where it is not trained."""
+    sample, spans = run.sample, time_spans(run.process, run.net.others)
+    for budget in sample.budgets:
+        done = 0
+        for part in flexible_segments(run.net, sample, budget):
+            first, last = (1 - k / sample.steps for k in (done, done + part.steps - 1))
+            done += part.steps
+            for mode in {part.mode, part.guide_mode} & spans.keys():
+                low, high = spans[mode]
+                if max(low - last, first - high) > 1 / sample.steps:
+                    raise UserError(
+                        f"sample.budgets={budget:g} uses patch size {patch_name(mode)} from "
+                        f"{first:.2g} to {last:.2g} of the noise, but it trains on {low:g} to "
+                        f"{high:g} (process.train_t_range); change one of them"
+                    )
 
 
 def _check_frames(run: Run, net: DiTConfig, at: str) -> None:
