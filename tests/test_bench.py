@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 
 from lintime.kernels_pallas import vq_attention as vq
-from lintime.train.bench import attention as bench
-from lintime.train.bench import attention_measure as bench_measure
-from lintime.train.bench import jobs as jobs_of_bench
-from lintime.train.bench import timing
+from lintime.train.bench import (
+    attention as bench,
+    attention_measure as bench_measure,
+    jobs as jobs_of_bench,
+    timing,
+)
 from lintime.train.cli import main
 from lintime.train.errors import UserError
 

@@ -5,8 +5,7 @@ import json
 
 import pytest
 
-from lintime.train.bench import aim as bench_aim
-from lintime.train.bench import jobs as jobs_of_bench
+from lintime.train.bench import aim as bench_aim, jobs as jobs_of_bench
 from lintime.train.bench.aim import FORMS, SIZES, cache_bytes, floors, make_run, peak_bandwidth
 from lintime.train.cli import main
 

@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 
 from lintime.model.nets.dit import DiTConfig
-from lintime.train.bench import dit as bench_dit
-from lintime.train.bench import jobs as jobs_of_bench
+from lintime.train.bench import dit as bench_dit, jobs as jobs_of_bench
 from lintime.train.bench.dit import SIZES, flexible_config, make_run, schedules, step_by_step
 from lintime.train.cli import main
 

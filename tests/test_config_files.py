@@ -7,8 +7,7 @@ import os
 import pytest
 
 from lintime.model.nets.transformer_vq import TransformerVQConfig
-from lintime.train import config_files
-from lintime.train import validate as validation
+from lintime.train import config_files, validate as validation
 from lintime.train.config_files import (
     check_continuation,
     from_json,

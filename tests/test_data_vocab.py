@@ -13,9 +13,9 @@ from lintime.train.data import (
     open_data,
     prepare_data,
     raw_validation_bytes,
+    tokens as tokens_module,
     train_sentencepiece,
 )
-from lintime.train.data import tokens as tokens_module
 from lintime.train.errors import UserError
 from lintime.train.schema import Data
 

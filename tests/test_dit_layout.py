@@ -15,8 +15,7 @@ from lintime.model.processes.flow import FlowMatching
 from lintime.model.processes.gaussian import GaussianDiffusion
 from lintime.train.arrays import read_arrays, read_hyperparameters
 from lintime.train.convert import dit as convert_dit
-from lintime.train.convert.command import convert as convert_file
-from lintime.train.convert.command import export
+from lintime.train.convert.command import convert as convert_file, export
 from lintime.train.errors import UserError
 from lintime.train.schema import DiffusionSample, ImageData, Run
 from tests.conversion import assert_same, restored, shapes_of

@@ -9,9 +9,7 @@ import pytest
 
 from lintime.model.nets import inception as network
 from lintime.train.errors import UserError
-from lintime.train.evaluate import images as evaluation
-from lintime.train.evaluate import reference as files
-from lintime.train.evaluate import statistics as stats
+from lintime.train.evaluate import images as evaluation, reference as files, statistics as stats
 from tests import inception_vectors
 from tests.image_definitions import direct_precision_recall, direct_score, rng
 

@@ -16,8 +16,7 @@ from lintime.train.data import open_code_data
 from lintime.train.data.crops import to_unit, views_of
 from lintime.train.data.image_sources import find_image_splits
 from lintime.train.errors import UserError
-from lintime.train.prepare import command as prepare
-from lintime.train.prepare import encode
+from lintime.train.prepare import command as prepare, encode
 from lintime.train.prepare.command import prepare_codes
 from lintime.train.schema import CodeData, ImageData
 

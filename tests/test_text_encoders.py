@@ -8,8 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lintime.model.convert import clip as clip_layout
-from lintime.model.convert import t5 as t5_layout
+from lintime.model.convert import clip as clip_layout, t5 as t5_layout
 from lintime.model.nets.clip import Clip, ClipConfig, ClipTextConfig, ClipVisionConfig, end_of_text
 from lintime.model.nets.t5 import T5Config, T5Encoder, relative_buckets
 from tests import text_vectors as vectors

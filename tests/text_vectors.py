@@ -108,8 +108,13 @@ def write_tokenizer(folder: pathlib.Path) -> None:
 
 def main(path: str) -> None:
     import torch
-    from transformers import CLIPConfig, CLIPModel, CLIPTokenizer, T5EncoderModel
-    from transformers import T5Config as PublishedT5
+    from transformers import (
+        CLIPConfig,
+        CLIPModel,
+        CLIPTokenizer,
+        T5Config as PublishedT5,
+        T5EncoderModel,
+    )
     from transformers.models.t5.modeling_t5 import T5Attention
 
     from lintime.model.nets.clip import PIXEL_MEAN, PIXEL_STD

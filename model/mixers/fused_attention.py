@@ -7,8 +7,7 @@ import math
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.sharding import AxisType
-from jax.sharding import PartitionSpec as P
+from jax.sharding import AxisType, PartitionSpec as P
 
 from ...kernels_pallas import dispatch
 from ..partition import ACTIVATION_AXES, constrain

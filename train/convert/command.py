@@ -34,20 +34,10 @@ from ..schema import CodeData, ImageData, Run
 from ..validate import validate
 from . import (
     aim as convert_aim,
-)
-from . import (
     dit as convert_dit,
-)
-from . import (
     flexidit as convert_flexidit,
-)
-from . import (
     mamba as convert_mamba,
-)
-from . import (
     tokenizer as convert_tokenizer,
-)
-from . import (
     transformer_vq as convert_vq,
 )
 from .transformer_vq import dense_run_to_vq

@@ -12,8 +12,7 @@ from lintime.model.convert.vq_tokenizer import (
     discriminator_from_reference,
     discriminator_to_reference,
 )
-from lintime.model.nets.lpips import lpips_head as head
-from lintime.model.nets.lpips import scale_pixels
+from lintime.model.nets.lpips import lpips_head as head, scale_pixels
 from lintime.model.nets.patchgan import PatchGAN
 from lintime.model.processes.adversarial import (
     RECONSTRUCTION_LOSSES,

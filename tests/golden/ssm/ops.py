@@ -9,8 +9,7 @@ import numpy as np
 
 from lintime.kernels_pallas.causal_conv1d import causal_conv1d, causal_conv1d_step
 from lintime.kernels_pallas.selective_scan import selective_scan, selective_scan_step
-from lintime.kernels_pallas.ssd import chunk_parts, ssd_step
-from lintime.kernels_pallas.ssd import ssd as ssd_op
+from lintime.kernels_pallas.ssd import chunk_parts, ssd as ssd_op, ssd_step
 
 from ..compare import Report
 from ..quick import quick_jit
