@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import flax.linen as nn
 import jax.numpy as jnp
 from jax import Array
@@ -9,6 +11,13 @@ from jax import Array
 from ..partition import constrain
 
 NULLS = ("learned", "zero")
+
+
+def conditions(labels: Array | Mapping[str, Array]) -> dict[str, Array]:
+    """What a net is told besides image and time, by the names of its arguments: `labels` [B] alone
+    as {"labels": labels}; a mapping as it is, for texts: labels, context, context_mask, drop.
+    """
+    return dict(labels) if isinstance(labels, Mapping) else {"labels": labels}
 
 
 class ContextEmbedder(nn.Module):
@@ -47,6 +56,8 @@ class ContextEmbedder(nn.Module):
             ValueError: a context of another shape, or rows to drop without a null context.
         """
         shape = (self.length, self.width)
+        if context is None and self.is_initializing():  # parameters do not depend on it
+            context = jnp.zeros((rows, *shape))
         if self.null == "learned":
             null = self.param("null", nn.initializers.normal(self.width**-0.5), shape)
         else:

@@ -29,6 +29,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from ..layers.context import conditions
 from ..layers.flexible import (
     METHODS,
     lift_deembedding,
@@ -216,7 +217,8 @@ def materialise(
 
 
 def flexible_denoiser(config: FlexiDiTConfig, **options) -> Callable[..., Array]:
-    """denoise(modes, x, t, labels, mode) -> out, as samplers with a mode per segment take it.
+    """denoise(modes, x, t, labels, mode) -> out, as samplers with a mode per segment take it; for
+    nets with a context `labels` is a mapping, see `layers.context.conditions`.
 
     `modes` is what `materialise` gives; mode None is that of the base.
 
@@ -230,7 +232,7 @@ def flexible_denoiser(config: FlexiDiTConfig, **options) -> Callable[..., Array]
         if mode not in nets or mode not in modes:
             named = ", ".join(map(patch_name, sorted(modes)))
             raise ValueError(f"no mode of patch size {patch_name(mode)}; there are {named}")
-        return nets[mode].apply({"params": modes[mode]}, x, t, labels)[0]
+        return nets[mode].apply({"params": modes[mode]}, x, t, **conditions(labels))[0]
 
     return denoise
 

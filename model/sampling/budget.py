@@ -36,6 +36,10 @@ def dit_flops(config, patch: Patch | None = None) -> float:
     times and p^2 the pixels of a patch; with factorised mixing a token meets N / f others in half
     of the blocks and f in the others.
 
+    A context of S tokens of d features adds S (d D + D^2) for its embedder, and in a block: "cross"
+    (2 N + 2 S) D^2 + 2 N S D; "joint" S (4 + 2 m) D^2 + 6 D^2 and 2 ((N + S)^2 - N^2) D, all of the
+    last block's too.
+
     Args:
         config: `DiTConfig` with attention. patch: that of an image or video, if not the config's.
 
@@ -53,9 +57,22 @@ def dit_flops(config, patch: Patch | None = None) -> float:
         times, along = config.grid[0], layers // 2
         seen = (layers - along) * n // times + along * times
     blocks = layers * ((4 + 2 * config.mlp_ratio) * n * d * d + 6 * d * d) + 2 * n * seen * d
+    blocks += layers * _context_flops(config)
     pixels = n * patch_pixels(config.patch)
     ends = pixels * (config.in_channels + config.out_channels) * d + 2 * d * d
-    return blocks + ends + TIME_FEATURES * d + d * d
+    embedder = config.context_length * d * (config.context_dim + d)  # 0 without a context
+    return blocks + ends + embedder + TIME_FEATURES * d + d * d
+
+
+def _context_flops(config) -> float:
+    """What a context adds to a block; see `dit_flops`."""
+    n, s, d = config.tokens, config.context_length, config.d_model
+    if config.context == "cross":
+        return 2 * (n + s) * d * d + 2 * n * s * d
+    if config.context == "joint":
+        linear = s * (4 + 2 * config.mlp_ratio) * d * d + 6 * d * d
+        return linear + 2 * ((n + s) ** 2 - n * n) * d
+    return 0.0
 
 
 # ---------------------------------------------------------------- which mode at which step

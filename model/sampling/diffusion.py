@@ -13,7 +13,7 @@ noise is a function of keys[i] alone.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -28,8 +28,11 @@ from .solvers import SDE, Solver, flow_solver, gaussian_solver, slice_inputs
 
 GUIDES = ("none", "null", "same")
 
+# [B] int32, or of nets that read a text a mapping of arrays [B, ..] by the names of the net's
+# arguments: "labels", "context", "context_mask", and "drop" [B], true in rows to be without any
+Labels = Array | Mapping[str, Array]
 # denoise(variables, x [B, .., C], t [B], labels [B], mode) -> [B, .., C or 2C]
-Denoise = Callable[[Any, Array, Array, Array, Patch | None], Array]
+Denoise = Callable[[Any, Array, Array, Labels, Patch | None], Array]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -74,7 +77,7 @@ def guided_prediction(
     variables: Any,
     x: Array,
     t: Array,
-    labels: Array,
+    labels: Labels,
     segment: Segment,
     scale: Array | None,
     *,
@@ -96,11 +99,12 @@ def guided_prediction(
     if scale is None:
         return denoise(variables, x, t, labels, segment.mode)
     guide_mode = segment.mode if segment.guide_mode is None else segment.guide_mode
-    others = labels if segment.guide == "same" else jnp.full_like(labels, null_label)
+    others = labels if segment.guide == "same" else _null(labels, null_label)
     if guide_mode == segment.mode:
         # The two of a row are neighbours: rows that are sharded stay where they are.
         pair = lambda a, b: jnp.stack([a, b], axis=1).reshape(-1, *a.shape[1:])
-        both = denoise(variables, pair(x, x), pair(t, t), pair(labels, others), segment.mode)
+        told = jax.tree.map(pair, labels, others)
+        both = denoise(variables, pair(x, x), pair(t, t), told, segment.mode)
         both = both.reshape(-1, 2, *both.shape[1:])
         main, guide = both[:, 0], both[:, 1]
     else:
@@ -110,6 +114,13 @@ def guided_prediction(
     scale = scale.reshape(scale.shape + (1,) * (main.ndim - scale.ndim)) if scale.ndim else scale
     guide, led = guide[..., :channels], main[..., :channels]
     return jnp.concatenate([guide + scale * (led - guide), main[..., channels:]], axis=-1)
+
+
+def _null(labels: Labels, null_label: int | None) -> Labels:
+    """Labels of no class, and of no text."""
+    if isinstance(labels, Mapping):
+        return {**labels, "drop": jnp.ones_like(labels["drop"])}
+    return jnp.full_like(labels, null_label)
 
 
 def guided_iterations(steps: int, interval: tuple[float, float]) -> np.ndarray:
@@ -177,7 +188,7 @@ def make_trajectory(
         _check_call(start, labels, guidance, segments, null_label, guidance_channels)
         start = jnp.asarray(start)
         start = start.astype(jnp.promote_types(start.dtype, jnp.float32))
-        labels = jnp.asarray(labels, jnp.int32)
+        labels = _told(labels, null_label)
         channels = guidance_channels or start.shape[-1]
         state, seen = solver.begin(start), []
         for begin, end, segment, guided in pieces:
@@ -243,7 +254,8 @@ def make_diffusion_sampler(
 
         keys: [B] PRNG keys, one per image (`row_keys`); row i starts at fold_in(keys[i], 0), and
         its iteration k draws with fold_in(keys[i], k + 1).
-        labels: [B] int32. guidance: s of e_g + s (e_m - e_g), a number or [B], traced; None is
+        labels: [B] int32, or `Labels` of a net that reads a text, where "drop" is set by guidance.
+        guidance: s of e_g + s (e_m - e_g), a number or [B], traced; None is
             s = 1 without the cost of the guiding prediction, where a segment has no scale of its
             own.
 
@@ -260,10 +272,11 @@ def make_diffusion_sampler(
     shape = tuple(shape)
 
     def sampler(variables, keys, labels, *, guidance=None):
-        if jnp.ndim(labels) != 1 or keys.shape[:1] != jnp.shape(labels):
+        shape_of = jnp.shape(labels["labels"] if isinstance(labels, Mapping) else labels)
+        if len(shape_of) != 1 or keys.shape[:1] != shape_of:
             raise ValueError(
-                f"labels have shape {jnp.shape(labels)} and keys {keys.shape}; one of each per "
-                "image is needed (row_keys makes keys)"
+                f"labels have shape {shape_of} and keys {keys.shape}; one of each per image is "
+                "needed (row_keys makes keys)"
             )
 
         def draw(number):
@@ -313,6 +326,14 @@ def _bind(denoise, variables, labels, segment, scale, **options) -> Callable[[Ar
     return predict
 
 
+def _told(labels: Labels, null_label: int | None) -> Labels:
+    """Labels as the net gets them; a mapping says what to drop if the net has learned that."""
+    if not isinstance(labels, Mapping):
+        return jnp.asarray(labels, jnp.int32)
+    drop = {} if null_label is None else {"drop": jnp.zeros(len(labels["labels"]), bool)}
+    return {**labels, "labels": jnp.asarray(labels["labels"], jnp.int32), **drop}
+
+
 def _check_call(start, labels, guidance, segments, null_label, guidance_channels) -> None:
     """Shapes of a call.
 
@@ -320,8 +341,10 @@ def _check_call(start, labels, guidance, segments, null_label, guidance_channels
         ValueError: with the numbers.
     """
     rows, channels = jnp.shape(start)[0], jnp.shape(start)[-1]
-    if jnp.shape(labels) != (rows,):
-        raise ValueError(f"labels have shape {jnp.shape(labels)}; {rows} images need ({rows},)")
+    told = labels if isinstance(labels, Mapping) else {"labels": labels}
+    for name, value in told.items():
+        if jnp.shape(value)[: None if name == "labels" else 1] != (rows,):
+            raise ValueError(f"{name} have shape {jnp.shape(value)}; {rows} images need ({rows},)")
     if not 0 <= guidance_channels <= channels:
         raise ValueError(
             f"guidance_channels={guidance_channels}, but images have {channels}; 0 guides all"

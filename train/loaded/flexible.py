@@ -121,6 +121,11 @@ def mode_costs(config: FlexiDiTConfig) -> dict[int, float]:
         one = jax.ShapeDtypeStruct((1,), "int32")
         net = DiT(dit)
         variables = jax.eval_shape(net.init, jax.random.key(0), x, one, one)
-        return count_flops(lambda *a: net.apply(*a)[0], variables, x, one, one) / 2
+        told = {"labels": one}
+        if dit.context != "none":
+            shape = (1, dit.context_length, dit.context_dim)
+            told["context"] = jax.ShapeDtypeStruct(shape, "float32")
+        run = lambda variables, x, t, told: net.apply(variables, x, t, **told)[0]
+        return count_flops(run, variables, x, one, told) / 2
 
     return {patch: counted(patch) for patch in sorted(config.patch_sizes)}
