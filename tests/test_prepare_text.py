@@ -1,6 +1,7 @@
 """`lintime prepare text`: captions found, features stored once, resuming, refusals."""
 
 import argparse
+import dataclasses
 import json
 
 import numpy as np
@@ -8,18 +9,19 @@ import pytest
 from PIL import Image
 
 from lintime.train.data.image_sources import find_image_splits
+from lintime.train.data.open import open_split
 from lintime.train.data.text_features import TextFeatures
 from lintime.train.encoders.text import TextEncoding
 from lintime.train.errors import UserError
 from lintime.train.prepare import command as prepare
 from lintime.train.prepare.text import prepare_text, read_captions
-from lintime.train.schema import ImageData
+from lintime.train.schema import ImageData, Run
 
 
 class Letters:
     """Feature t of a text is its letter t, twice."""
 
-    length, width, pooled_width = 6, 2, 3
+    length, width, pooled_width, path = 6, 2, 3, None
 
     def __init__(self, fingerprint="letters", fail_at=None):
         self.fingerprint, self.fail_at, self.calls = fingerprint, fail_at, []
@@ -59,12 +61,13 @@ def test_features_in_the_order_of_the_images(images, tmp_path):
         held = TextFeatures(tmp_path / "out", split)
         captions = read_captions(found, images.path)
         order = np.arange(len(found))[::-1]
-        rows, want = held.rows(order), encoder.encode([captions[i] for i in order])
-        assert len(held) == len(found) and rows.features.dtype == np.float32
+        rows, want = held.rows(order), encoder.encode([captions[i][0] for i in order])
+        assert len(held) == len(found) and rows.features.dtype == np.float16
+        assert held.captions(order) == [captions[i][0] for i in order]
         for got, wanted in zip(rows, want, strict=True):
             np.testing.assert_array_equal(got, wanted)
         pixel = [int(found.read(i)[0][0, 0, 0]) for i in range(len(found))]
-        assert captions == [f"{split[0]}{i}" for i in pixel]
+        assert captions == [(f"{split[0]}{i}",) for i in pixel]
 
 
 def test_an_interrupted_run_continues_and_a_finished_one_is_left(images, tmp_path):
@@ -100,8 +103,13 @@ def test_captions_of_a_table(images, tmp_path):
     lines = [f"{row['file']},{quoted(row['caption'])}" for row in rows]
     table.write_text("\n".join(["file,caption", *lines]))
     got = read_captions(train, images.path, jsonl)
-    assert sorted(got) == sorted(row["caption"] for row in rows)
+    assert sorted(got) == sorted((row["caption"],) for row in rows)
     assert read_captions(train, images.path, table) == got
+    more = {"file": names[0], "caption": "again"}
+    jsonl.write_text("".join(json.dumps(row) + "\n" for row in [*rows, more]))
+    assert sorted(read_captions(train, images.path, jsonl)) == sorted(
+        (row["caption"], "again") if row is rows[0] else (row["caption"],) for row in rows
+    )
     jsonl.write_text(json.dumps(rows[0]))
     with pytest.raises(UserError, match="no caption for 6 of 7 images, the first is train/"):
         read_captions(train, images.path, jsonl)
@@ -126,6 +134,44 @@ def test_refusals(images, tmp_path):
     (tmp_path / "full" / "x").write_text("")
     with pytest.raises(UserError, match="exists and is not a folder of features"):
         make(images, tmp_path / "full", Letters())
+
+
+def test_several_captions_of_an_image(images, tmp_path):
+    folder = tmp_path / "images" / "train"
+    for i in (0, 3, 6):
+        (folder / "ab"[i % 2] / f"{i}.txt").write_text(f"t{i}\n\nu{i}\n v{i} \n")
+    info = make(images, tmp_path / "out", Letters())
+    assert info.splits == {"train": 13, "validation": 2} and info.images["train"] == 7
+    held = TextFeatures(tmp_path / "out", "train")
+    first = held.captions(np.arange(7))
+    assert sorted(first) == [f"t{i}" for i in range(7)]
+    letters = lambda uniforms: [chr(int(row[0, 0])) for row in held.rows(range(7), uniforms)[0]]
+    assert letters(None) == letters(np.zeros(7)) == ["t"] * 7
+    several = [caption in ("t0", "t3", "t6") for caption in first]
+    assert letters(np.full(7, 0.5)) == ["u" if more else "t" for more in several]
+    assert letters(np.full(7, 0.99)) == ["v" if more else "t" for more in several]
+    data = dataclasses.replace(
+        images, size=4, resize=1.0, crop="center", text=str(tmp_path / "out")
+    )
+    run = Run(net=None, data=data, batch_size=4)
+    train, again = (open_split(run, "train", tmp_path) for _ in range(2))
+    rows = np.arange(4)
+    drawn = set()
+    for step in range(30):
+        batch, same = train.batch(step, rows), again.batch(step, rows[::-1])
+        np.testing.assert_array_equal(batch["context"], same["context"][::-1])
+        numbers = np.rint((batch["images"][:, 0, 0, 0] + 1) * 127.5).astype(int)
+        texts = [bytes(t[:, 0].astype(np.uint8)).rstrip(b"\0").decode() for t in batch["context"]]
+        assert [int(text[1:]) for text in texts] == list(numbers)
+        assert (batch["context_mask"].sum(1) == 2).all()
+        drawn |= set(texts)
+    assert drawn == {f"t{i}" for i in range(7)} | {f"{c}{i}" for c in "uv" for i in (0, 3, 6)}
+    batch = open_split(run, "validation", tmp_path).batch(0, rows)
+    assert (batch["context"][:2] != 0).any((1, 2)).all() and not batch["context"][2:].any()
+    assert {"text_encoder": "letters", "text_length": 6}.items() <= train.fingerprint.items()
+    Image.fromarray(np.zeros((4, 4, 3), np.uint8)).save(folder / "a" / "9.png")
+    with pytest.raises(UserError, match="7 other train images than the 8 train images of this"):
+        open_split(run, "train", tmp_path)
 
 
 def test_features_beyond_float16_are_refused(images, tmp_path):

@@ -85,6 +85,9 @@ class ImageData:
         filter: "lanczos", "bicubic" (ADM's: large images are first halved by a box filter) or
             "nearest".
         flip: mirror training images at random.
+        text: folder of `lintime prepare text` of these images, for nets that read a text: batches
+            have the features of their captions. "": none.
+        text_encoder: the encoder of prompts to draw from; "": where it was when `text` was made.
         validation_fraction: share of images held out where the source has no split of its own.
         shuffle: visit training images in a seeded random order.
         workers: reader processes (0 = threads in this process).
@@ -97,6 +100,8 @@ class ImageData:
     resize_max: float = 0.0
     filter: str = "lanczos"
     flip: bool = False
+    text: str = ""
+    text_encoder: str = ""
     validation_fraction: float = 0.05
     shuffle: bool = True
     workers: int = 0
@@ -140,13 +145,15 @@ class LatentData:
         scaling_factor: of the autoencoder: a net is trained on latents times this.
         images: what to encode where `path` is "": the centre crop of every image, and of training
             images also its mirror image if `flip` is set; `crop` and `resize` are not read.
-        shuffle, workers: as for images.
+        text, text_encoder, shuffle, workers: as for images.
     """
 
     path: str = ""
     autoencoder: str = ""
     scaling_factor: float = 0.18215
     images: ImageData = ImageData(filter="bicubic", flip=True)
+    text: str = ""
+    text_encoder: str = ""
     shuffle: bool = True
     workers: int = 0
 
@@ -258,9 +265,10 @@ class Eval:
     Attributes:
         every: updates between validations (0 = only at the end).
         batches: validation batches (0 = all).
-        samples: images that `lintime eval` draws (class-conditional models; 0 = none).
+        samples: images that `lintime eval` draws (models by class or text; 0 = none).
         inception: file of the published Inception weights for FID, its relatives and rFID.
         reference: statistics or images to compare with, an .npz file of the ADM evaluator.
+        clip: folder of published CLIP weights for the CLIP score of models by text.
     """
 
     every: int = 1000
@@ -268,6 +276,7 @@ class Eval:
     samples: int = 0
     inception: str = ""
     reference: str = ""
+    clip: str = ""
 
 
 @dataclass
@@ -321,9 +330,11 @@ class ImageSample:
 
 @dataclass
 class DiffusionSample:
-    """Sampling of images or videos by class with a diffusion or flow-matching model.
+    """Sampling of images or videos by class or text with a diffusion or flow-matching model.
 
     Attributes:
+        text: prompts, drawn in turn, of a net that reads a text; () takes the captions of the first
+            validation images.
         classes, count, rows, columns, files, npz: as for `ImageSample`.
         method: "ddpm", "ddim", "dpm++2m", "euler" or "heun" for diffusion; "euler", "heun" or
             "sde" for flow matching.
@@ -338,6 +349,7 @@ class DiffusionSample:
         clip: keep predicted images in [-1, 1]: for pixels, not for latents.
     """
 
+    text: tuple[str, ...] = ()
     classes: tuple[int, ...] = ()
     count: int = 64
     method: str = "ddpm"

@@ -6,6 +6,8 @@ from pathlib import Path
 
 from ..schema import CodeData, ImageData, LatentData, Run, VideoData
 from .dataset import open_data
+from .image_sources import find_image_splits
+from .text_features import add_text
 
 
 def open_split(run: Run, split: str, run_dir: str | Path, encoded: str | Path | None = None):
@@ -18,7 +20,8 @@ def open_split(run: Run, split: str, run_dir: str | Path, encoded: str | Path | 
 
     Returns:
         `LMDataset`, `ImageDataset`, `VideoDataset`, `CodeDataset` or `LatentDataset`; all have
-        fingerprint, num_batches, batch, iterate and description.
+        fingerprint, num_batches, batch, iterate and description. With `data.text` batches hold
+        the features of captions (see `text_features.add_text`).
 
     Raises:
         UserError: whatever the user can mend.
@@ -28,7 +31,11 @@ def open_split(run: Run, split: str, run_dir: str | Path, encoded: str | Path | 
     if isinstance(run.data, ImageData):
         from .image_dataset import open_image_data
 
-        return open_image_data(run.data, **common)
+        dataset = open_image_data(run.data, **common)
+        if not run.data.text:
+            return dataset
+        sources = {name: found.fingerprint for name, found in find_image_splits(run.data).items()}
+        return add_text(dataset, run.data.text, split, sources)
     if isinstance(run.data, VideoData):
         from .videos import open_video_data
 
@@ -40,5 +47,8 @@ def open_split(run: Run, split: str, run_dir: str | Path, encoded: str | Path | 
     if isinstance(run.data, LatentData):
         from .latents import open_latent_data
 
-        return open_latent_data(run.data, encoded, **common)
+        dataset = open_latent_data(run.data, encoded, **common)
+        if not run.data.text:
+            return dataset
+        return add_text(dataset, run.data.text, split, dataset.info.source)
     return open_data(run.data, cache=Path(run_dir) / "cache", **common)

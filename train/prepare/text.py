@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from ..data.image_sources import find_image_splits
-from ..data.text_features import TextInfo, has_shard, write_shard
+from ..data.text_features import Shard, TextInfo, has_shard, write_shard
 from ..data.tokens import progress
 from ..encoders.text import LoadedTextEncoder
 from ..errors import UserError
@@ -23,14 +23,14 @@ from ..schema import ImageData
 SHARD_SIZE = 1024  # captions; at 120 tokens of 4,096 features a shard has 1 GB
 
 
-def read_captions(images, root: str | Path, table: str | Path = "") -> list[str]:
-    """The caption of every image of a split.
+def read_captions(images, root: str | Path, table: str | Path = "") -> list[tuple[str, ...]]:
+    """The captions of every image of a split, one or more of each.
 
     Args:
         images: see `find_image_splits`.
         root: the folder that the names of a table start from.
-        table: .jsonl of {"file": .., "caption": ..} or .csv with these columns; "" reads NAME.txt
-            beside the image NAME.png.
+        table: .jsonl of {"file": .., "caption": ..} or .csv with these columns, a row for every
+            caption; "" reads NAME.txt beside the image NAME.png, a line for every caption.
 
     Raises:
         UserError: an image without a caption, or a table that cannot be read.
@@ -51,12 +51,13 @@ def read_captions(images, root: str | Path, table: str | Path = "") -> list[str]
     for name in names:
         file = Path(name).with_suffix(".txt")
         try:
-            captions.append(file.read_text(encoding="utf-8").strip())
+            lines = file.read_text(encoding="utf-8").splitlines()
         except (OSError, ValueError) as error:
             raise UserError(
                 f"no caption for {name}: cannot read {file} ({error}); write it there, or name a "
                 "table with --captions"
             ) from error
+        captions.append(tuple(filter(None, map(str.strip, lines))) or ("",))
     return captions
 
 
@@ -64,8 +65,8 @@ def _below(path: Path, root: Path) -> str:
     return path.relative_to(root).as_posix() if path.is_relative_to(root) else str(path)
 
 
-def _read_table(path: Path) -> dict[str, str]:
-    """{file: caption}.
+def _read_table(path: Path) -> dict[str, tuple[str, ...]]:
+    """{file: captions, in the order of their rows}.
 
     Raises:
         UserError: not there, of another kind, or a row without both.
@@ -78,7 +79,10 @@ def _read_table(path: Path) -> dict[str, str]:
             rows = list(csv.DictReader(text.splitlines(keepends=True)))
         else:
             raise UserError(f"{path}: captions come from a .jsonl or .csv file")
-        return {row["file"]: row["caption"].strip() for row in rows}
+        found: dict[str, tuple[str, ...]] = {}
+        for row in rows:
+            found[row["file"]] = (*found.get(row["file"], ()), row["caption"].strip())
+        return found
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"cannot read captions from {path} ({type(error).__name__}: {error}); every row needs "
@@ -118,15 +122,20 @@ def prepare_text(
         raise UserError(f"batch={batch_size} and shard size {shard_size} must be at least 1")
     out = Path(out).expanduser()
     splits = find_image_splits(images)
-    texts = {split: read_captions(found, images.path, captions) for split, found in splits.items()}
+    texts = {}  # split: (number of the image, caption) of every caption
+    for split, found in splits.items():
+        of_images = read_captions(found, images.path, captions)
+        texts[split] = [(i, text) for i, some in enumerate(of_images) for text in some]
     info = TextInfo(
         encoder=encoder.fingerprint,
+        place=str(encoder.path.resolve()) if encoder.path else "",
         length=encoder.length,
         width=encoder.width,
         pooled_width=encoder.pooled_width,
         source={split: found.fingerprint for split, found in splits.items()},
         captions={split: _hash(found) for split, found in texts.items()},
         splits={split: len(found) for split, found in texts.items()},
+        images={split: len(found) for split, found in splits.items()},
         shard_size=shard_size,
     )
     done, plan = out / "text.json", out / "text.unfinished.json"
@@ -135,6 +144,7 @@ def prepare_text(
     of_shard = lambda split, shard: [texts[split][i] for i in info.shard_range(split, shard)]
     missing = [at for at in wanted if not has_shard(out, info, *at, _hash(of_shard(*at)))]
     if not missing and done.exists():
+        write_atomic(done, info.to_json())  # where the encoder is now
         say(f"{out} already holds the features of {sum(info.splits.values()):,} captions")
         return info
     if not done.exists():
@@ -143,15 +153,16 @@ def prepare_text(
     with progress(total, "encoding", unit=" captions") as bar:
         for split, shard in missing:
             some = of_shard(split, shard)
-            arrays = _encode(encoder, some, batch_size, bar.update)
-            write_shard(out, split, shard, *arrays, _hash(some))
+            numbers, captions_of = zip(*some, strict=True)
+            arrays = _encode(encoder, captions_of, batch_size, bar.update)
+            write_shard(out, split, shard, Shard(*arrays, numbers, captions_of), _hash(some))
     write_atomic(done, info.to_json())
     plan.unlink(missing_ok=True)
     say(f"{out} holds the features of {sum(info.splits.values()):,} captions")
     return info
 
 
-def _hash(captions: Sequence[str]) -> str:
+def _hash(captions: Sequence[tuple[int, str]]) -> str:
     return hashlib.sha256(json.dumps(list(captions)).encode()).hexdigest()
 
 
@@ -163,7 +174,7 @@ def _compare_with(out: Path, info: TextInfo, *files: Path) -> None:
         except FileNotFoundError:
             continue
         old, new = (json.loads(i.to_json()) for i in (found, info))
-        for key in old:
+        for key in [name for name in old if name != "place"]:  # an encoder may have moved
             if old[key] != new[key]:
                 what = f"{key}={old[key]}" if isinstance(old[key], int | str) else f"other {key}"
                 raise UserError(
@@ -204,7 +215,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--captions", metavar="FILE", default="",
-        help=".jsonl or .csv with file and caption (default: NAME.txt beside NAME.png)",
+        help=".jsonl or .csv with file and caption, as named from IMAGES; several rows of a file "
+        "are several captions (default: NAME.txt beside NAME.png, a line for each)",
     )  # fmt: skip
     parser.add_argument("--out", metavar="DIR", required=True, help="folder to make or continue")
     parser.add_argument(
@@ -231,6 +243,6 @@ def run_command(arguments: argparse.Namespace) -> None:
         images, encoder, arguments.out, captions=arguments.captions, batch_size=arguments.batch
     )
     print(
-        f"a net reads them with net.context=cross net.context_dim={info.width} "
-        f"net.context_length={info.length}"
+        f"a net reads them with data.text={arguments.out} net.context=cross "
+        f"net.context_dim={info.width} net.context_length={info.length}"
     )
