@@ -138,6 +138,10 @@ def _parser() -> _Parser:
     )  # fmt: skip
     _run_arguments(sub)
     sub.add_argument("--split", default="validation", choices=["validation", "test"])
+    sub.add_argument(
+        "--clip", metavar="DIR", help="short for eval.clip=DIR: published CLIP weights, for the "
+        "CLIP score of eval.samples images drawn by text",
+    )  # fmt: skip
     sub.add_argument("--step", type=int, help="checkpoint step (default: the newest)")
 
     sub = add(
@@ -149,10 +153,11 @@ def _parser() -> _Parser:
         "guidance_interval, eta, clip, with several patch sizes budgets, weak, guide,\n"
         "weak_guidance.\n"
         "Where a vocabulary, tokenizer or autoencoder has moved: data.vocab=FILE,\n"
-        "data.tokenizer=DIR, data.autoencoder=DIR.\n"
+        "data.tokenizer=DIR, data.autoencoder=DIR, data.text_encoder=DIR.\n"
         'Examples: lintime sample --run runs/mine --prompt "To be" sample.length=500\n'
         "          lintime sample --run runs/aim sample.classes=207,360 sample.guidance=4\n"
-        "          lintime sample --run runs/flexidit --budget 1,0.6",
+        "          lintime sample --run runs/flexidit --budget 1,0.6\n"
+        '          lintime sample --run runs/dit-text256 --text "a dog" --text "a cat"',
     )  # fmt: skip
     _run_arguments(sub)
     sub.add_argument("--seed", type=int, help="the same seed draws the same (default: 0)")
@@ -161,6 +166,12 @@ def _parser() -> _Parser:
         "--budget", metavar="B", help="short for sample.budgets=B: share of the full compute, of a "
         "net of several patch sizes; 1,0.6 draws both beside each other",
     )  # fmt: skip
+    sub.add_argument(
+        "--text", metavar="PROMPT", action="append", default=[],
+        help="what an image is to show, of a net that reads a text; may be given several times",
+    )  # fmt: skip
+    sub.add_argument("--text-file", metavar="FILE", help="prompts, one in a line")
+    sub.add_argument("--text-encoder", metavar="DIR", help="short for data.text_encoder=DIR")
     sub.add_argument("--step", type=int, help="checkpoint step (default: the newest)")
 
     sub = add(
@@ -237,7 +248,9 @@ def _train(arguments: argparse.Namespace) -> None:
 def _eval(arguments: argparse.Namespace) -> None:
     from .finish import evaluate_run
 
-    evaluate_run(arguments.run, arguments.overrides, arguments.split, arguments.step)
+    evaluate_run(
+        arguments.run, arguments.overrides, arguments.split, arguments.step, arguments.clip
+    )
 
 
 def _sample(arguments: argparse.Namespace) -> None:
@@ -245,7 +258,28 @@ def _sample(arguments: argparse.Namespace) -> None:
 
     prompt = sys.stdin.read() if arguments.prompt == "-" else arguments.prompt
     overrides = arguments.overrides + ([] if prompt is None else [f"sample.prompt={prompt}"])
-    sample_run(arguments.run, overrides, arguments.seed, arguments.step, arguments.budget)
+    if arguments.text_encoder is not None:
+        overrides.append(f"data.text_encoder={arguments.text_encoder}")
+    text = [*arguments.text, *_lines(arguments.text_file)]
+    sample_run(arguments.run, overrides, arguments.seed, arguments.step, arguments.budget, text)
+
+
+def _lines(file: str | None) -> list[str]:
+    """The lines of a file that are not empty; none without a file.
+
+    Raises:
+        UserError: it cannot be read, or has no such line.
+    """
+    if file is None:
+        return []
+    try:
+        lines = Path(file).expanduser().read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError) as error:
+        raise UserError(f"--text-file {file} cannot be read ({error})") from error
+    lines = [line.strip() for line in lines if line.strip()]
+    if not lines:
+        raise UserError(f"--text-file {file} is empty; write a prompt in every line")
+    return lines
 
 
 def _bench(arguments: argparse.Namespace) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import shlex
 import shutil
@@ -26,6 +27,7 @@ from .prepare.encoding import FOLDERS, encoded_dir
 from .schema import (
     CodeData,
     Data,
+    DiffusionSample,
     FlexibleSample,
     ImageData,
     LatentData,
@@ -40,7 +42,10 @@ from .validate import validate
 
 # Groups of fields that each command reads; a run's other settings are those it was trained with.
 EVAL_FIELDS = ("data", "eval", "mesh", "precision", "batch_size", "sample")
-SAMPLE_FIELDS = ("sample", "precision", "data.vocab", "data.tokenizer", "data.autoencoder")
+SAMPLE_FIELDS = (
+    "sample", "precision", "data.vocab", "data.tokenizer", "data.autoencoder", "data.text",
+    "data.text_encoder",
+)  # fmt: skip
 _ENCODING = ("data.images.", "data.views", "data.resizes")  # read when images are encoded
 
 
@@ -96,15 +101,19 @@ def finish(run: Run, result: Result, words: Sequence[str]) -> None:
     else:
         made_here = isinstance(run.data, CodeData | LatentData) and not run.data.path
         mine, videos = _without_run(words), isinstance(run.data, VideoData)
+        texts = bool(getattr(run.data, "text", ""))
         for field in _image_paths(run, "data.images.path" if made_here else "data.path"):
             kind = "FOLDER_OF_CLASS_FOLDERS" if made_here else "FOLDER"
             kind = "FILE.npz" if videos else kind
             mine = _with(mine, f"{field}={kind}")
+        if texts:
+            mine = _with(mine, "data.text=FEATURES_OF_THEIR_CAPTIONS")
         mine += ["--run", "runs/mine"]
         again = "" if isinstance(run.net, VQTokenizerConfig) else " --seed 1"
         with_tokenizer = f" data.{maker}=DIR_OR_FILE" if blind else ""
         lines += [
             f"  sample           {lintime} sample --run {here}{again}{with_tokenizer}",
+            *([f"  of a text        {lintime} sample --run {here} --text 'A PROMPT'"] * texts),
             *_budget_line(run, f"{lintime} sample --run {here}"),
             f"  evaluate         {lintime} eval --run {here}",
             f"  your own {'videos' if videos else 'images'}  {shlex.join(mine)}",
@@ -137,7 +146,7 @@ def _budget_line(run: Run, command: str) -> list[str]:
 
 
 def draw(loaded, sample, seed: int) -> list:
-    """Draw from a loaded run as its kind asks for: text, images by class, or reconstructions."""
+    """Draw from a loaded run as its kind asks for: text, images, or reconstructions."""
     if isinstance(sample, Sample):
         from .samples.command import sample_text
 
@@ -166,17 +175,23 @@ def _without_run(words: Sequence[str]) -> list[str]:
     return words[: words.index("--run")] if "--run" in words else words
 
 
-def evaluate_run(run_dir: str, overrides: list[str], split: str, step: int | None) -> dict:
+def evaluate_run(
+    run_dir: str, overrides: Sequence[str], split: str, step: int | None, clip: str | None = None
+) -> dict:
     """`lintime eval`: metrics of a saved run on a split, printed and returned.
 
     Args:
         overrides: e.g. other data (data.path=...) or eval.batches=0 for the whole split.
         step: checkpoint; None = the newest.
+        clip: short for eval.clip.
     """
     path = Path(run_dir)
+    overrides = [*overrides, *([] if clip is None else [f"eval.clip={clip}"])]
     run = _changed(path, overrides, "eval", EVAL_FIELDS)
-    for field, file in (("inception", run.eval.inception), ("reference", run.eval.reference)):
-        if file and not Path(file).is_file():  # said before the validation, which may take long
+    for field in ("inception", "reference", "clip"):
+        file = getattr(run.eval, field)
+        there = Path(file).expanduser().exists() if field == "clip" else Path(file).is_file()
+        if file and not there:  # said before the validation, which may take long
             raise UserError(f"eval.{field}={file} is not there; check the path")
     loaded = _load(path, run, step)
     encoded = encoded_dir(run, path)
@@ -233,6 +248,7 @@ def sample_run(
     seed: int | None,
     step: int | None,
     budget: str | None = None,
+    text: Sequence[str] = (),
 ) -> list:
     """`lintime sample`: text continued on standard output, or images written to samples/.
 
@@ -242,6 +258,8 @@ def sample_run(
         seed: of the draws; None is 0.
         step: checkpoint; None = the newest.
         budget: short for sample.budgets.
+        text: prompts, as sample.text, but with commas; one image each unless `overrides` say how
+            many.
     """
     if budget is not None:
         if not isinstance(read_config(Path(run_dir) / "config.json").sample, FlexibleSample):
@@ -250,7 +268,9 @@ def sample_run(
                 "patch sizes have; `lintime flexify` makes one out of a DiT"
             )
         overrides = [*overrides, f"sample.budgets={budget}"]
-    run = _changed(Path(run_dir), overrides, "sample", SAMPLE_FIELDS)
+    if text and not any(word.startswith("sample.count=") for word in overrides):
+        overrides = [*overrides, "sample.count=0"]
+    run = _changed(Path(run_dir), overrides, "sample", SAMPLE_FIELDS, text)
     if seed is not None and isinstance(run.net, VQTokenizerConfig):
         raise UserError(
             f"--seed {seed} would be ignored: a tokenizer shows reconstructions of data, it draws "
@@ -259,12 +279,19 @@ def sample_run(
     return draw(_load(run_dir, run, step), run.sample, seed or 0)
 
 
-def _changed(run_dir: Path, overrides: list[str], command: str, allowed: tuple[str, ...]) -> Run:
-    """The saved config with overrides; a field the command would ignore is refused."""
+def _changed(
+    run_dir: Path, overrides: list[str], command: str, allowed: tuple[str, ...],
+    text: Sequence[str] = (),
+) -> Run:  # fmt: skip
+    """The saved config with overrides and prompts; a field the command would ignore is refused."""
     saved = read_config(run_dir / "config.json")
     if command == "sample" and isinstance(saved.net, VQTokenizerConfig):
         allowed = (*allowed, "data")
     run = apply_overrides(saved, overrides)
+    if text:
+        if not isinstance(run.sample, DiffusionSample):
+            raise UserError(f"--text: {run_dir} does not draw by text; leave it out")
+        run = dataclasses.replace(run, sample=dataclasses.replace(run.sample, text=tuple(text)))
     for path, _, _ in diff(saved, run):
         if type(saved.data) in FOLDERS and path.startswith(_ENCODING):
             kind = FOLDERS[type(saved.data)]
@@ -292,8 +319,10 @@ def _load(run_dir: str | Path, run: Run, step: int | None):
     if isinstance(run.data, CodeData):
         return load(run_dir, tokenizer=resolve(run.data.tokenizer, run_dir), **options)
     if isinstance(run.data, LatentData):
-        return load(run_dir, autoencoder=run.data.autoencoder, **options)
+        options["autoencoder"] = run.data.autoencoder
     loaded = load(run_dir, **options)
     if isinstance(run.net, VQTokenizerConfig):
         loaded.config = run  # the images may be others
+    elif getattr(run.data, "text", ""):  # captions and their encoder may be elsewhere now
+        loaded.config = dataclasses.replace(loaded.config, data=run.data)
     return loaded

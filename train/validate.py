@@ -77,6 +77,8 @@ _CHOICES = {
     "net.scale_on": ("logits", "features"),
     "net.mixer": ("mamba2", "mamba1", "attention"),
     "net.mixing": dit.MIXINGS,
+    "net.context": dit.CONTEXTS,
+    "net.null_context": dit.NULLS,
     "net.conditioning": ("adaln", "adaln_single", "adaln_group"),
     "process.match_kernel": KERNELS,
     "process.match_features": FEATURES,
@@ -100,7 +102,7 @@ _RANGES = (
         "steps batch_size data.sequence_len optim.accumulate checkpoint.keep log.every "
         "sample.length sample.rows net.vocab_size net.d_model net.n_layer net.n_head net.d_k "
         "net.n_code net.block_len net.d_conv net.expand net.headdim net.ngroups net.chunk "
-        "net.num_classes net.num_tokens net.num_groups net.ch net.num_res_blocks net.z_channels "
+        "net.num_tokens net.num_groups net.ch net.num_res_blocks net.z_channels "
         "net.codebook_size net.codebook_dim net.input_size net.patch_size net.in_channels "
         "net.n_head sample.steps process.timesteps data.size data.images.size "
         "net.patch_frames data.frames data.stride "
@@ -118,6 +120,7 @@ _RANGES = (
         "process.commitment_weight process.entropy_weight sample.count sample.columns "
         "eval.samples sample.eta sample.guidance_channels net.base_patch data.resize_max "
         "data.images.workers sample.weak sample.weak_guidance process.denoise process.distill "
+        "net.num_classes net.context_dim net.context_length "
         "process.distill_variance process.match net.base_size net.underlying net.frames "
         "net.base_patch_frames",
     ),
@@ -209,6 +212,8 @@ def _check_relations(run: Run) -> None:
                 mixer.sizes()
         except ValueError as error:
             raise UserError(f"net: {error}") from error
+    if isinstance(net, AiMConfig) and net.num_classes < 1:
+        raise UserError(f"net.num_classes={net.num_classes} is out of range; it must be >= 1")
     if isinstance(net, DiTConfig | FlexiDiTConfig):
         _check_diffusion(run)
     if isinstance(net, VQTokenizerConfig):
@@ -245,6 +250,7 @@ def _check_diffusion(run: Run) -> None:
         )
     _check_guidance(run, net, at)
     try:
+        dit.check_context(net)
         dit.make_mixer(net, parent=None)
         if flexible:
             check_config(run.net)
@@ -261,6 +267,7 @@ def _check_diffusion(run: Run) -> None:
                 f"do not go together; set {at}.learn_sigma={str(not net.learn_sigma).lower()}"
             )
     _check_frames(run, net, at)
+    _check_context(run, net, at)
     if isinstance(run.data, ImageData) and (run.data.size, 3) != (net.input_size, net.in_channels):
         raise UserError(
             f"images have data.size={run.data.size} pixels and 3 channels, the net takes "
@@ -296,6 +303,39 @@ def _check_trained_times(run: Run) -> None:
                         f"{first:.2g} to {last:.2g} of the noise, but it trains on {low:g} to "
                         f"{high:g} (process.train_t_range); change one of them"
                     )
+
+
+def _check_context(run: Run, net: DiTConfig, at: str) -> None:
+    """Whether net, data and samples agree about texts."""
+    reads, held = net.context != "none", getattr(run.data, "text", "")
+    if reads and not held:
+        what = "data=VideoData(...) have none" if net.frames else "data.text names none"
+        raise UserError(
+            f"{at}.context={net.context}: the net reads the features of texts, {what}; make some "
+            "with `lintime prepare text` and set data.text=DIR, or leave the context out"
+        )
+    if not reads and held:
+        raise UserError(
+            f"data.text={held} would be ignored: the net reads no text; set {at}.context=cross, "
+            f"{at}.context_dim and {at}.context_length, or leave it out"
+        )
+    for name, value in (
+        ("sample.text", run.sample.text), ("eval.clip", run.eval.clip),
+        ("data.text_encoder", getattr(run.data, "text_encoder", "")),
+    ):  # fmt: skip
+        if value and not reads:
+            value = ",".join(value) if isinstance(value, tuple) else value
+            raise UserError(f"{name}={value} is about texts, this net reads none; leave it out")
+    classes = run.sample.classes
+    if reads and classes and not net.num_classes:
+        raise UserError(
+            f"sample.classes={','.join(map(str, classes))} would be ignored: the net has no "
+            "classes, only texts; leave it out"
+        )
+    if run.eval.clip and not run.eval.samples:
+        raise UserError(
+            f"eval.clip={run.eval.clip} scores images that are drawn; set eval.samples=N"
+        )
 
 
 def _check_frames(run: Run, net: DiTConfig, at: str) -> None:
@@ -380,6 +420,15 @@ def _check_kinds(run: Run) -> None:
 
 def _check_used(run: Run) -> None:
     """Refuses settings that this kind of run would ignore."""
+    diffusion = isinstance(run.net, DiTConfig | FlexiDiTConfig)
+    for at, images in (("data", run.data), ("data.images", getattr(run.data, "images", None))):
+        if isinstance(images, ImageData) and (at != "data" or not diffusion):
+            for name in ("text", "text_encoder"):
+                if value := getattr(images, name):
+                    instead = f"set data.{name}" if diffusion else "leave it out"
+                    raise UserError(f"{at}.{name}={value} would be ignored; {instead}")
+    if run.eval.clip and not diffusion:
+        raise UserError(f"eval.clip={run.eval.clip} is about models that read a text; leave it out")
     text, tokenizer = isinstance(run.data, Data), isinstance(run.net, VQTokenizerConfig)
     if (text or tokenizer) and run.eval.samples:
         raise UserError(

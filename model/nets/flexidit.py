@@ -238,7 +238,13 @@ def flexible_denoiser(config: FlexiDiTConfig, **options) -> Callable[..., Array]
 
 
 def features(
-    config: FlexiDiTConfig, params: Params, x: Array, t: Array, labels: Array, *, dtype=jnp.float32
+    config: FlexiDiTConfig,
+    params: Params,
+    x: Array,
+    t: Array,
+    labels: Array | Mapping[str, Array],
+    *,
+    dtype=jnp.float32,
 ) -> Array:
     """What the base's mode makes of clean images, as a fixed encoder: no gradient reaches `params`.
 
@@ -246,7 +252,8 @@ def features(
     features are larger than another's) and averaged over tokens.
 
     Args:
-        params: of the whole FlexiDiT. x: [B, .., C]. t: [B], the least noisy time. labels: [B].
+        params: of the whole FlexiDiT. x: [B, .., C]. t: [B], the least noisy time.
+        labels: [B], or a mapping, see `layers.context.conditions`.
 
     Returns:
         [B, D] float32.
@@ -254,7 +261,8 @@ def features(
     base = dataclasses.replace(config.base, n_layer=max(1, config.base.n_layer // 2))
     own = jax.tree.map(lax.stop_gradient, mode_params(config, params, config.powerful))
     own = {**own, "blocks": jax.tree.map(lambda a: a[: base.n_layer], own["blocks"])}
-    _, sown = DiT(base, dtype).apply({"params": own}, x, t, labels, mutable=["intermediates"])
+    told = conditions(labels)
+    _, sown = DiT(base, dtype).apply({"params": own}, x, t, **told, mutable=["intermediates"])
     stream = sown["intermediates"]["blocks"]["out"][0][-1].astype(jnp.float32)
     return jnp.mean(jax.nn.standardize(stream, axis=-1, epsilon=EPSILON), axis=1)
 

@@ -124,35 +124,56 @@ def clip_score(
     Raises:
         UserError: another number of images than of captions, or none.
     """
-    length, total, count = clip.config.text.length, 0.0, 0
-    ids, _ = clip.tokenizer.rows(captions, length)
-    batch: list[np.ndarray] = []
-
-    def close() -> float:
-        rows = np.zeros((batch_size, clip.size, clip.size, 3), np.float32)
-        rows[: len(batch)] = to_unit(np.stack(batch))
-        texts = np.zeros((batch_size, length), np.int32)
-        texts[: len(batch)] = ids[count - len(batch) : count]
-        cosines = np.asarray(clip.cosines(clip.params, rows, texts))[: len(batch)]
-        batch.clear()
-        return float(np.maximum(cosines.astype(np.float64), 0).sum())
-
+    meter, count = ClipMeter(clip, batch_size), 0
     for image in images:
         count += 1
         if count > len(captions):
             break
-        batch.append(_seen(image, clip.size))
-        if len(batch) == batch_size:
-            total += close()
+        meter.add(image, captions[count - 1])
     if count != len(captions) or not count:
         more = "more than " * (count > len(captions))
         raise UserError(
             f"{more}{min(count, len(captions))} images for {len(captions)} captions; give one "
             "caption per image"
         )
-    if batch:
-        total += close()
-    return ClipScore(100 * total / count, count, clip.size, clip.fingerprint)
+    return meter.score()
+
+
+class ClipMeter:
+    """The CLIP score of pairs as they come; see `clip_score`."""
+
+    def __init__(self, clip: LoadedClip, batch_size: int = 64):
+        self.clip, self.batch_size = clip, batch_size
+        self._total, self._count = 0.0, 0
+        self._images: list[np.ndarray] = []
+        self._captions: list[str] = []
+
+    def add(self, image: np.ndarray, caption: str) -> None:
+        """One more pair; image [H, W, 3] uint8."""
+        self._images.append(_seen(image, self.clip.size))
+        self._captions.append(caption)
+        if len(self._images) == self.batch_size:
+            self._close()
+
+    def score(self) -> ClipScore:
+        """The mean over all pairs so far, at least one."""
+        if self._images:
+            self._close()
+        clip = self.clip
+        return ClipScore(100 * self._total / self._count, self._count, clip.size, clip.fingerprint)
+
+    def _close(self) -> None:
+        clip, count = self.clip, len(self._images)
+        length = clip.config.text.length
+        rows = np.zeros((self.batch_size, clip.size, clip.size, 3), np.float32)
+        rows[:count] = to_unit(np.stack(self._images))
+        texts = np.zeros((self.batch_size, length), np.int32)
+        texts[:count] = clip.tokenizer.rows(self._captions, length)[0]
+        cosines = np.asarray(clip.cosines(clip.params, rows, texts))[:count]
+        self._total += float(np.maximum(cosines.astype(np.float64), 0).sum())
+        self._count += count
+        self._images.clear()
+        self._captions.clear()
 
 
 def _seen(image: np.ndarray, size: int) -> np.ndarray:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import collections
+import dataclasses
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,9 +12,11 @@ import numpy as np
 from ..data.batches import pick, row_uniforms
 from ..data.open import open_split
 from ..encoders.tokenizer import LoadedTokenizer
+from ..loaded.diffusion import LoadedDiffusion
 from ..loaded.images import LoadedImages
 from ..mesh import local_rows, make_mesh, put_batch
 from ..schema import Run
+from .clip_score import ClipMeter, load_clip
 from .images import evaluate_generation, evaluate_reconstruction, load_inception
 from .reference import read_reference
 
@@ -20,8 +24,10 @@ from .reference import read_reference
 def image_figures(loaded, run: Run, split: str, seed: int = 0) -> dict[str, Any]:
     """Figures of reconstruction (a tokenizer) or generation (a class-conditional model).
 
-    Generation draws `eval.samples` images of uniformly random classes with the settings of
-    `sample`, as the published protocols do; with eval.samples = 0 there is nothing to judge.
+    Generation draws `eval.samples` images with the settings of `sample`: of uniformly random
+    classes, as the published protocols do, or of texts, as `sample` asks for (the captions of the
+    validation images, unless it has prompts). With eval.samples = 0 there is nothing to judge.
+    Images of texts have a CLIP score too, where eval.clip names weights.
 
     Args:
         loaded: the run. run: its config with the user's changes. split: of reconstruction.
@@ -37,20 +43,52 @@ def image_figures(loaded, run: Run, split: str, seed: int = 0) -> dict[str, Any]
         return {}
     draws = isinstance(loaded, LoadedImages)
     if draws and not run.eval.samples:
-        note = (
+        notes = [
             "set eval.samples=N eval.inception=FILE eval.reference=FILE for FID and its relatives"
-        )
-        return {"notes": [note], "protocol": ""}
+        ]
+        if _reads_text(loaded):
+            notes.append("set eval.samples=N eval.clip=DIR for the CLIP score")
+        return {"notes": notes, "protocol": ""}
+    clip = load_clip(run.eval.clip) if run.eval.clip else None
     inception = load_inception(run.eval.inception) if run.eval.inception else None
     if not draws:
         return evaluate_reconstruction(_pairs(loaded, run, split), inception=inception)
     reference = read_reference(run.eval.reference) if run.eval.reference else None
-    uniform = row_uniforms(seed, 0, np.arange(run.eval.samples), 1)[:, 0]
-    classes = [pick(u, loaded.num_classes) for u in uniform]
-    images = loaded.stream(classes, seed=seed, **loaded.settings(run.sample))
-    return evaluate_generation(
+    if _reads_text(loaded):
+        wanted = loaded.asked(dataclasses.replace(run.sample, count=run.eval.samples))
+    else:
+        uniform = row_uniforms(seed, 0, np.arange(run.eval.samples), 1)[:, 0]
+        wanted = loaded.wanted([pick(u, loaded.num_classes) for u in uniform])
+    images = loaded.stream(wanted, seed=seed, **loaded.settings(run.sample))
+    if clip is not None:
+        images = _scored(images, meter := ClipMeter(clip), wanted.prompts)
+    figures = evaluate_generation(
         images, inception=inception, reference=reference, num_images=run.eval.samples
     )
+    if clip is not None:
+        collections.deque(images, maxlen=0)  # nobody has asked for them without Inception
+        score = meter.score()
+        figures |= {"clip_score": score.score}
+        figures["notes"].append(
+            f"clip_score: {score.count:,} pairs, images seen at {score.size}x{score.size}, CLIP "
+            f"{score.clip[:12]}"
+        )
+    elif _reads_text(loaded):
+        figures["notes"].append("left out clip_score: no CLIP weights were given (--clip DIR)")
+    return figures
+
+
+def _reads_text(loaded) -> bool:
+    return isinstance(loaded, LoadedDiffusion) and loaded.texts is not None
+
+
+def _scored(images, meter: ClipMeter, prompts: Sequence[str]) -> Iterator[np.ndarray]:
+    """The images, seen by the meter on their way."""
+    waiting = iter(prompts)
+    for piece in images:
+        for image in piece:
+            meter.add(image, next(waiting))
+        yield piece
 
 
 def _pairs(loaded: LoadedTokenizer, run: Run, split: str) -> Iterator[tuple]:

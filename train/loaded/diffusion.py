@@ -1,29 +1,43 @@
-"""A class-conditional diffusion model, loaded for use."""
+"""A diffusion model of images by class or text, loaded for use."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 
+from ...model.layers.context import conditions
 from ...model.nets.dit import DiTConfig
 from ...model.sampling.diffusion import Segment, make_diffusion_sampler
 from ..encoders.autoencoder import LoadedAutoencoder, check_autoencoder, load_autoencoder
+from ..encoders.text import LoadedTextEncoder
 from ..errors import UserError
 from ..schema import DiffusionSample, LatentData
 from .images import LoadedImages
+from .prompts import TextReader
+from .wanted import Wanted
 
 
 class LoadedDiffusion(LoadedImages):
     """The weights of a DiT run, and the autoencoder where it draws latents; see `LoadedRun`.
 
-    `autoencoder` is a loaded one or where it is now, if not where `config.data.autoencoder` says.
+    `autoencoder` and `text_encoder` are loaded ones or where they are now, if not where
+    `config.data` says.
     """
 
-    def __init__(self, *args, autoencoder: str | LoadedAutoencoder | None = None, **options):
+    def __init__(
+        self,
+        *args,
+        autoencoder: str | LoadedAutoencoder | None = None,
+        text_encoder: str | LoadedTextEncoder | None = None,
+        **options,
+    ):
         super().__init__(*args, **options)
         self._autoencoder = autoencoder
+        self.texts = (
+            TextReader(self, self.dit, text_encoder) if self.dit.context != "none" else None
+        )
 
     @functools.cached_property
     def autoencoder(self) -> LoadedAutoencoder:
@@ -51,12 +65,47 @@ class LoadedDiffusion(LoadedImages):
         return self.autoencoder.fingerprint if isinstance(self.config.data, LatentData) else ""
 
     @property
+    def dit(self) -> DiTConfig:
+        """Sizes of images or videos, classes and texts."""
+        return self.config.net
+
+    @property
     def num_classes(self) -> int:
-        return self.config.net.num_classes
+        return self.dit.num_classes
+
+    def wanted(
+        self, classes: Sequence[int] = (), text: Sequence[str] = (), context=None, context_mask=None
+    ) -> Wanted:
+        """What images of these classes or texts take; see `generate`.
+
+        Args:
+            classes: ids; beside texts only if the net has classes too.
+            text: prompts. context, context_mask: features of texts [n, S, D] and which of their
+                tokens count [n, S], in place of prompts.
+
+        Raises:
+            UserError: what the net does not read, or not all that it does; a class out of range;
+                no text encoder, or another one than that of the features trained on.
+        """
+        if self.texts is None:
+            if len(text) or context is not None:
+                raise UserError(f"{self.path} draws by class, it reads no text; give classes")
+            return super().wanted(classes)
+        if isinstance(text, str) or any(isinstance(c, str) for c in classes):
+            raise UserError('give prompts as a list: text=["a dog", "a cat"]')
+        if bool(len(text)) == (context is not None):
+            raise UserError(f"{self.path} draws by text; give text=[..], or features as context=")
+        if len(text):
+            return self.texts.of_prompts(text, classes)
+        return self.texts.of_features(context, context_mask, classes)
+
+    def asked(self, sample: DiffusionSample) -> Wanted:
+        return super().asked(sample) if self.texts is None else self.texts.of_sample(sample)
 
     def sampler(self, settings: DiffusionSample | None = None) -> Callable:
         """A jitted sampler(variables, keys, labels, *, guidance=None) that gives images [B, H, W,
-        C] float32; see `lintime.model.sampling.diffusion.make_diffusion_sampler`.
+        C] float32; labels as `wanted(..).take(rows)` gives them; see
+        `lintime.model.sampling.diffusion.make_diffusion_sampler`.
 
         Args:
             settings: how, `config.sample` unless given; its guidance is not read, for it is an
@@ -96,7 +145,7 @@ def make_sampler(net, *, process, steps: int, **options) -> Callable:
     """
 
     def denoise(variables, x, t, labels, mode):
-        return net.apply({"params": variables["params"]}, x, t, labels)[0]
+        return net.apply({"params": variables["params"]}, x, t, **conditions(labels))[0]
 
     return jit_sampler(denoise, net.config, process, (Segment(steps=steps),), **options)
 

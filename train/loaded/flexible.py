@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import jax
 
-from ...model.nets.dit import DiT
+from ...model.nets.dit import DiT, DiTConfig
 from ...model.nets.flexidit import (
     FlexiDiTConfig,
     flexible_denoiser,
@@ -27,8 +27,8 @@ class LoadedFlexible(LoadedDiffusion):
     """The weights of a FlexiDiT run; see `LoadedDiffusion`."""
 
     @property
-    def num_classes(self) -> int:
-        return self.config.net.base.num_classes
+    def dit(self) -> DiTConfig:
+        return self.config.net.base
 
     @property
     def tree(self) -> dict:

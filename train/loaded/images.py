@@ -1,9 +1,10 @@
-"""A model that draws images by class, loaded for use; each kind of model says how it draws."""
+"""A model that draws images by class or text, loaded for use; each kind says how it draws."""
 
 from __future__ import annotations
 
 import abc
 import dataclasses
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -17,12 +18,14 @@ from ..errors import UserError
 from ..samples.pictures import to_uint8
 from ..tasks.diffusion import pixels_of
 from .base import LoadedRun
+from .wanted import Wanted, classes_of, wanted_classes
 
-SHOWN = ("classes", "count", "columns", "files", "npz")  # of the files written, not of the drawing
+# Of the files written and of what they show, not of the drawing.
+SHOWN = ("text", "classes", "count", "columns", "files", "npz")
 
 
 class LoadedImages(LoadedRun, abc.ABC):
-    """The weights of a class-conditional image model; see `LoadedRun`."""
+    """The weights of a model of images by class or text; see `LoadedRun`."""
 
     @property
     @abc.abstractmethod
@@ -40,9 +43,21 @@ class LoadedImages(LoadedRun, abc.ABC):
         return ""
 
     @abc.abstractmethod
-    def drawer(self, settings: Any) -> Callable[[Array, Array], Any]:
-        """draw(keys [B], labels [B]) -> images [B, H, W, 3] or videos [B, F, H, W, 3] in
-        [-1, 1], with settings like `config.sample`."""
+    def drawer(self, settings: Any) -> Callable[[Array, Any], Any]:
+        """draw(keys [B], labels) -> images [B, H, W, 3] or videos [B, F, H, W, 3] in [-1, 1], with
+        settings like `config.sample`; labels [B] or, of texts, what `Wanted.take` gives."""
+
+    def wanted(self, classes: Sequence[int] = ()) -> Wanted:
+        """What images of these classes take; see `generate`.
+
+        Raises:
+            UserError: a class out of range.
+        """
+        return wanted_classes(classes, self.num_classes)
+
+    def asked(self, sample: Any) -> Wanted:
+        """What `sample` asks for."""
+        return self.wanted(classes_of(sample, self.num_classes))
 
     def settings(self, sample: Any) -> dict[str, Any]:
         """Of `sample`, the settings that say how images are drawn."""
@@ -50,14 +65,16 @@ class LoadedImages(LoadedRun, abc.ABC):
         return {name: getattr(sample, name) for name in names}
 
     def generate(
-        self, classes: Sequence[int], *, seed: int = 0, start: int = 0, **settings
+        self, classes: Sequence[int] | Wanted = (), *, seed: int = 0, start: int = 0, **settings
     ) -> np.ndarray:
-        """Draw one image for each class id.
+        """Draw one image for each class id or text.
 
         Args:
-            classes: ids in 0..num_classes-1.
+            classes: ids in 0..num_classes-1, or what `wanted` or `asked` gives.
             seed, start: image i is drawn with keys that depend on (seed, start + i) only.
-            settings: how to draw, fields of the run's `sample`, which are used unless given.
+            settings: how to draw, fields of the run's `sample`, which are used unless given; and
+                what else `wanted` takes: of models that read a text its prompts, `text`, or their
+                features, `context` and `context_mask`.
 
         Returns:
             [n, H, W, 3] uint8; [n, F, H, W, 3] where the model draws videos.
@@ -69,25 +86,24 @@ class LoadedImages(LoadedRun, abc.ABC):
         return np.concatenate(list(self.stream(classes, seed=seed, start=start, **settings)))
 
     def stream(
-        self, classes: Sequence[int], *, seed: int = 0, start: int = 0, **settings
+        self, classes: Sequence[int] | Wanted = (), *, seed: int = 0, start: int = 0, **settings
     ) -> Iterator[np.ndarray]:
         """`generate`, yielding [rows, H, W, 3] at a time as they are drawn."""
+        if not isinstance(classes, Wanted):
+            told = inspect.signature(self.wanted).parameters
+            told = {name: settings.pop(name) for name in list(settings) if name in told}
+            classes = self.wanted(classes, **told)
         fields = self.settings(self.config.sample)
         if unknown := settings.keys() - fields.keys():
             raise TypeError(f"takes {', '.join(sorted(fields))}, not {unknown.pop()}")
         s = dataclasses.replace(self.config.sample, **settings)
-        if not len(classes) or s.rows < 1:
-            raise UserError(f"{len(classes)} classes, {s.rows} rows at a time; give at least 1")
-        wrong = [c for c in classes if not 0 <= c < self.num_classes]
-        if wrong:
-            raise UserError(
-                f"class {wrong[0]} is out of range; this model has classes "
-                f"0..{self.num_classes - 1}"
-            )
+        count = len(classes)
+        if not count or s.rows < 1:
+            raise UserError(f"{count} images, {s.rows} rows at a time; give at least 1")
         draw = self.drawer(s)
-        rows = min(s.rows, len(classes))
-        for at in range(0, len(classes), rows):
-            part = list(classes[at : at + rows])
-            filled = part + [part[-1]] * (rows - len(part))  # one shape, compiled once
+        rows = min(s.rows, count)
+        for at in range(0, count, rows):
+            filled = np.minimum(np.arange(at, at + rows), count - 1)  # one shape, compiled once
             keys = row_keys(jax.random.key(seed), rows, start + at)
-            yield to_uint8(draw(keys, jnp.asarray(filled, jnp.int32)))[: len(part)]
+            labels = jax.tree.map(jnp.asarray, classes.take(filled))
+            yield to_uint8(draw(keys, labels))[: count - at]

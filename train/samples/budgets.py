@@ -15,7 +15,7 @@ from ...model.layers.patches import patch_name
 from ..files import write_atomic
 from ..loaded.flexible import LoadedFlexible, flexible_flops, flexible_segments
 from ..schema import FlexibleSample
-from .images import classes_of, picture_stem, write_mp4
+from .images import picture_stem, write_mp4, write_prompts
 from .pictures import image_grid, picture_grid, save_picture
 
 GRID = 100  # most images of a budget that are shown
@@ -35,18 +35,17 @@ def sample_budgets(
         The paths of the picture and, of videos, the animation.
     """
     out = sys.stdout if out is None else out
-    classes = classes_of(sample, loaded.num_classes)
+    wanted = loaded.asked(sample)
     net, results = loaded.config.net, []
     one = f"{'a' if loaded.noun == 'videos' else 'an'} {loaded.noun[:-1]}"
     full = flexible_flops(net, dataclasses.replace(sample, guide="cfg"), 1.0)
     for budget in sample.budgets:
         settings = loaded.settings(sample) | {"budgets": (budget,)}
         pieces = []
-        for piece in loaded.stream(classes, seed=seed, **settings):
+        for piece in loaded.stream(wanted, seed=seed, **settings):
             pieces.append(piece)
         began = time.perf_counter()
-        first = classes[: sample.rows]
-        next(loaded.stream(first, seed=seed, **settings))  # compiled by now
+        next(loaded.stream(wanted, seed=seed, **settings))  # compiled by now
         seconds = time.perf_counter() - began
         flops = flexible_flops(net, sample, budget)
         parts = flexible_segments(net, sample, budget)
@@ -54,18 +53,19 @@ def sample_budgets(
         results.append((budget, steps, 2 * flops, flops / full, seconds, np.concatenate(pieces)))
         out.write(
             f"budget {budget:g}: {steps}, {2 * flops / 1e9:.4g} GFLOPs {one} "
-            f"({flops / full:.0%}), {seconds:.3g} s for {len(first)} {loaded.noun}\n"
+            f"({flops / full:.0%}), {seconds:.3g} s for {len(pieces[0])} {loaded.noun}\n"
         )
         out.flush()
     folder, stem = picture_stem(loaded, sample, seed, end="budgets")
     path = folder / f"{stem}.png"
     write_atomic(path, _picture(results, sample.columns, one))
     out.write(
-        f"{len(classes)} {loaded.noun} at {len(results)} budgets, a multiply-add is 2 FLOPs: "
+        f"{len(wanted)} {loaded.noun} at {len(results)} budgets, a multiply-add is 2 FLOPs: "
         f"{path}\n"
     )
+    prompts = write_prompts(wanted, folder / stem, out)
     if loaded.noun == "images":
-        return [path]
+        return [path, *prompts]
     grids = [picture_grid(videos[:GRID], sample.columns) for *_, videos in results]
     grid = np.concatenate(grids, axis=1)
     paths = [path, save_picture(grid, folder / stem)]

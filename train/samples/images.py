@@ -19,6 +19,7 @@ from ..encoders.tokenizer import LoadedTokenizer
 from ..evaluate.reference import write_samples_npz
 from ..files import write_atomic
 from ..loaded.images import LoadedImages
+from ..loaded.wanted import Wanted, slug
 from ..schema import ImageSample
 from .pictures import (
     image_grid,
@@ -31,12 +32,6 @@ from .pictures import (
 )
 
 GRID = 400  # most images of a grid
-
-
-def classes_of(sample: ImageSample, num_classes: int) -> list[int]:
-    """The class of each image to draw: `sample.classes` (or all) in turn."""
-    classes = sample.classes or tuple(range(num_classes))
-    return [classes[i % len(classes)] for i in range(sample.count or len(classes))]
 
 
 _NOT_DRAWN = ("files", "npz", "rows")  # how images are written, and how many are drawn at a time
@@ -58,6 +53,8 @@ def _changed(sample: ImageSample, usual: ImageSample) -> list[str]:
     for name in names:
         value = values[name]
         text = ",".join(map(str, value)) if isinstance(value, tuple) else f"{value}"
+        if name == "text":
+            text = f"-{slug(text, 19)}"
         parts.append(f"{name}{text}".removesuffix(".0"))
     if len(parts) <= 3 and all(len(part) <= 24 for part in parts):
         return parts
@@ -100,8 +97,9 @@ def _stem(folder: Path, stem: str, settings: dict[str, Any]) -> str:
 def sample_classes(
     loaded: LoadedImages, sample: ImageSample, *, seed: int = 0, out: TextIO | None = None
 ) -> list[Path]:
-    """Draw images by class and write samples/*.png: a grid, and single files if asked for. Videos
-    become animated .gif files, and their grid also an .mp4 where imageio-ffmpeg is installed.
+    """Draw images by class or text and write samples/*.png: a grid, and single files if asked for.
+    Videos become animated .gif files, and their grid also an .mp4 where imageio-ffmpeg is
+    installed. Prompts are written to a .txt beside the grid, a line for each image.
 
     Args:
         loaded: the run. sample: what to draw. seed: of the draws. out: where paths are printed.
@@ -110,23 +108,23 @@ def sample_classes(
         Paths of the files, the grid (of the first images) first.
     """
     out = sys.stdout if out is None else out
-    classes = classes_of(sample, loaded.num_classes)
+    wanted = loaded.asked(sample)
     settings = loaded.settings(sample)
     folder, stem = picture_stem(loaded, sample, seed)
-    names = [f"{stem}-{i:05d}-class{c}" for i, c in enumerate(classes)]
+    names = [f"{stem}-{i:05d}-{wanted.word(i)}" for i in range(len(wanted))]
     kept: list[np.ndarray] = []
 
     def drawn():
         """Pieces as they are drawn; single files are written at once, the first are kept."""
         done = 0
         with tqdm.tqdm(
-            total=len(classes),
+            total=len(wanted),
             unit=loaded.noun,
             desc="sampling",
             disable=not out.isatty(),
             file=out,
         ) as bar:
-            for piece in loaded.stream(classes, seed=seed, **settings):
+            for piece in loaded.stream(wanted, seed=seed, **settings):
                 if sample.files:
                     save_each(piece, folder, names[done : done + len(piece)])
                 if done < GRID:
@@ -138,21 +136,32 @@ def sample_classes(
     paths = []
     if sample.npz:
         paths.append(folder / f"{stem}.npz")
-        write_samples_npz(paths[0], drawn(), np.asarray(classes), count=len(classes))
+        write_samples_npz(paths[0], drawn(), wanted.classes, count=len(wanted))
     else:
         collections.deque(drawn(), maxlen=0)
     grid = picture_grid(np.concatenate(kept), sample.columns)
     paths.insert(0, save_picture(grid, folder / stem))
     kind = paths[0].suffix
-    out.write(f"{len(classes)} {loaded.noun}: {paths[0]}\n")
+    out.write(f"{len(wanted)} {loaded.noun}: {paths[0]}\n")
     for path in paths[1:]:
         out.write(f"as arrays: {path}\n")
+    paths += write_prompts(wanted, folder / stem, out)
     paths += write_mp4(grid, folder / stem, out)
     if sample.files:
         out.write(f"one by one: {folder}/{stem}-*{kind}\n")
         paths += [folder / f"{name}{kind}" for name in names]
     out.flush()
     return paths
+
+
+def write_prompts(wanted: Wanted, stem: Path, out: TextIO) -> list[Path]:
+    """The prompts as a .txt file, one in a line; nothing for images by class."""
+    if wanted.prompts is None:
+        return []
+    path = stem.with_name(f"{stem.name}.txt")
+    write_atomic(path, "".join(f"{' '.join(text.split())}\n" for text in wanted.prompts))
+    out.write(f"of the prompts in {path}\n")
+    return [path]
 
 
 def write_mp4(grid: np.ndarray, stem: Path, out: TextIO) -> list[Path]:

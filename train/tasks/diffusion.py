@@ -19,9 +19,9 @@ from .base import Task
 class DiffusionTask(Task):
     """The loss of `run.process` at random times, over images, videos or latents.
 
-    Class dropout acts in training only. Validation visits, for image i of a batch of B, the times
-    (i + u) / B of the process with a fixed u and fixed noise, so that its loss has little noise of
-    its own and is the same at every validation but for the weights.
+    Classes and texts are dropped in training only, both by one draw. Validation visits, for image i
+    of a batch of B, the times (i + u) / B of the process with a fixed u and fixed noise, so that
+    its loss has little noise of its own and is the same at every validation but for the weights.
     """
 
     metric = "loss"
@@ -32,7 +32,7 @@ class DiffusionTask(Task):
 
     @property
     def dit(self) -> DiTConfig:
-        """Sizes of images or videos, and classes."""
+        """Sizes of images or videos, classes and texts."""
         return self.run.net
 
     @property
@@ -54,8 +54,14 @@ class DiffusionTask(Task):
         rows, data = self.run.batch_size, self.run.data
         shape = (rows, *self.dit.shape)
         names = ("mean", "logvar") if isinstance(data, LatentData) else (pixels_of(data),)
+        text = {}
+        if self.dit.context != "none":
+            context = (rows, self.dit.context_length, self.dit.context_dim)
+            text["context"] = jax.ShapeDtypeStruct(context, "float16")
+            text["context_mask"] = jax.ShapeDtypeStruct(context[:2], "bool")
         return {
             **{name: jax.ShapeDtypeStruct(shape, "float32") for name in names},
+            **text,
             "labels": jax.ShapeDtypeStruct((rows,), "int32"),
             "valid": jax.ShapeDtypeStruct((rows,), "bool"),
         }
@@ -72,7 +78,7 @@ class DiffusionTask(Task):
         t = self._draw_times(keys["times"], x.shape[0])
         noise = jax.random.normal(keys["noise"], x.shape)
         rngs = {"dropout": keys["dropout"]}
-        losses, parts = self._losses(params, stats, x, batch["labels"], t, noise, rngs)
+        losses, parts = self._losses(params, stats, x, self._told(batch), t, noise, rngs)
         total, weight = jnp.sum(losses), jnp.float32(x.shape[0])
         sums = {name: jnp.sum(value) for name, value in parts.items()} | {"rows": weight}
         return total, weight, {}, carry, {"sum": sums, "mean": {}}
@@ -87,17 +93,17 @@ class DiffusionTask(Task):
         times, noise, latents = jax.random.split(key, 3)
         x = self._clean(batch, latents)
         t = self._spread_times(times, x.shape[0])
-        noise, labels = jax.random.normal(noise, x.shape), batch["labels"]
-        parts = self._validation_parts(params, stats, x, labels, t, noise)
+        noise = jax.random.normal(noise, x.shape)
+        parts = self._validation_parts(params, stats, x, self._told(batch), t, noise)
         parts = parts | {"rows": jnp.ones_like(valid)}
         return {name: jnp.sum(value * valid) for name, value in parts.items()}
 
     def validation(self, sums):
         return {"loss": sums["loss"] / jnp.maximum(sums["rows"], 1.0), **self.report(sums)}
 
-    def _validation_parts(self, params, stats, x, labels, t, noise) -> dict[str, Array]:
+    def _validation_parts(self, params, stats, x, told, t, noise) -> dict[str, Array]:
         """What is summed over rows, by row: the loss and its parts."""
-        losses, parts = self._losses(params, stats, x, labels, t, noise, {})
+        losses, parts = self._losses(params, stats, x, told, t, noise, {})
         return parts | {"loss": losses}
 
     def _draw_times(self, key: Array, rows: int) -> Array:
@@ -119,21 +125,34 @@ class DiffusionTask(Task):
         drawn = sample_posterior(batch["mean"], batch["logvar"], noise)
         return self.run.data.scaling_factor * drawn
 
-    def _losses(self, params, stats, x: Array, labels: Array, t: Array, noise: Array, rngs):
+    def _told(self, batch) -> dict[str, Array]:
+        """What of a batch the net is told, by the names of its arguments."""
+        text = ("context", "context_mask") if self.dit.context != "none" else ()
+        return {name: batch[name] for name in ("labels", *text)}
+
+    def _losses(self, params, stats, x: Array, told: dict, t: Array, noise: Array, rngs):
         def denoise(x_t, time):
-            return self.net.apply({"params": params}, x_t, time, labels, rngs=rngs)[0]
+            return self.net.apply({"params": params}, x_t, time, **told, rngs=rngs)[0]
 
         return self._process.training_loss(self.run.process, denoise, x, t, noise)
 
     def check_data(self, data):
         net, at = self.dit, field_of_dit(self.run)
-        if data.num_classes > net.num_classes:
+        if net.num_classes and data.num_classes > net.num_classes:
             raise UserError(
                 f"{at}.num_classes={net.num_classes}, but the data have {data.num_classes} "
                 f"classes; set {at}.num_classes={data.num_classes}"
             )
         if isinstance(self.run.data, LatentData):
             check_latents(self.run, net, data.shape, data.scaling_factor)
+        if net.context != "none":
+            text, held = data.text, self.run.data.text
+            if (text.length, text.width) != (net.context_length, net.context_dim):
+                raise UserError(
+                    f"data.text={held} holds {text.length} tokens of {text.width} features, the "
+                    f"net reads {net.context_length} of {net.context_dim}; set "
+                    f"{at}.context_length={text.length} {at}.context_dim={text.width}"
+                )
 
 
 def pixels_of(data) -> str:

@@ -94,22 +94,22 @@ class FlexibleTask(DiffusionTask):
         )
         return made(base, jax.random.key(self.run.seed))
 
-    def _losses(self, params, stats, x, labels, t, noise, rngs):
+    def _losses(self, params, stats, x, told, t, noise, rngs):
         net, process = self.run.net, self.run.process
         tree = {**params, **stats}
         mode = self.mode or net.powerful
-        # One draw for both modes: classes are dropped here, not in the net.
+        # One draw for both modes: what is dropped is decided here, not in the net.
         if rngs and self.dit.class_dropout:
-            drop = jax.random.bernoulli(rngs["dropout"], self.dit.class_dropout, labels.shape)
-            labels = jnp.where(drop, self.dit.num_classes, labels)
+            drop = jax.random.bernoulli(rngs["dropout"], self.dit.class_dropout, t.shape)
+            told = {**told, "drop": drop}
         outputs = {}
 
         def denoise(x_t, time, patch=mode):
             precision = self.run.precision
             dit = DiT(mode_config(net, patch), self.dtype, precision.remat, precision.unroll)
             own = mode_params(net, tree, patch)
-            outputs["weak"], outputs["seen"] = dit.apply({"params": own}, x_t, time, labels)[0], x_t
-            outputs["time"] = time
+            outputs["weak"] = dit.apply({"params": own}, x_t, time, **told)[0]
+            outputs["seen"], outputs["time"] = x_t, time
             return outputs["weak"]
 
         losses, parts = self._process.training_loss(process, denoise, x, t, noise)
@@ -123,12 +123,12 @@ class FlexibleTask(DiffusionTask):
             losses, parts = losses + process.distill * extra, parts | more
         if process.match and mode != net.powerful:
             key = jax.random.fold_in(rngs["dropout"], 1)
-            match = self._match(denoise, tree, x, labels, noise, key)
+            match = self._match(denoise, tree, x, told, noise, key)
             losses = losses + process.match * match
             parts = parts | {"match": jnp.full(losses.shape, match)}
         return losses, parts
 
-    def _match(self, denoise, tree, x, labels, noise, key) -> Array:
+    def _match(self, denoise, tree, x, told, noise, key) -> Array:
         """[]: discrepancy of what the weak and the powerful mode predict from far away."""
         net, process = self.run.net, self.run.process
         ends = self._span(self.mode), process.match_t_range
@@ -143,7 +143,7 @@ class FlexibleTask(DiffusionTask):
             if process.match_features == "pixels":
                 return images.reshape(len(images), -1)
             clean = times_at(process, jnp.zeros((len(images),)))
-            return features(net, tree, images, clean, labels, dtype=self.dtype)
+            return features(net, tree, images, clean, told, dtype=self.dtype)
 
         powerful = seen(jax.lax.stop_gradient(powerful))
         return mmd(seen(weak), powerful, process.match_kernel, median=True)
@@ -169,13 +169,12 @@ class FlexibleTask(DiffusionTask):
             times[patch] = everywhere if (low, high) == (0.0, 1.0) else within
         return times
 
-    def _validation_parts(self, params, stats, x, labels, t, noise) -> dict[str, Array]:
+    def _validation_parts(self, params, stats, x, told, t, noise) -> dict[str, Array]:
         plain = dataclasses.replace(self.run.process, denoise=1.0, distill=0.0, match=0.0)
         run = dataclasses.replace(self.run, process=plain)
+        task = lambda patch: FlexibleTask(run, patch)
         losses = {
-            patch: FlexibleTask(run, patch)._losses(params, stats, x, labels, t[patch], noise, {})[
-                0
-            ]
+            patch: task(patch)._losses(params, stats, x, told, t[patch], noise, {})[0]
             for patch in sorted(self.run.net.patch_sizes)
         }
         out = {f"loss_p{patch_name(patch)}": value for patch, value in losses.items()}
