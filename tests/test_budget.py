@@ -2,9 +2,10 @@
 
 import json
 
+import jax
 import pytest
 
-from lintime.model.nets.dit import DiTConfig
+from lintime.model.nets.dit import DiT, DiTConfig
 from lintime.model.nets.flexidit import FlexiDiTConfig, flops, mode_flops
 from lintime.model.sampling.budget import (
     by_budget,
@@ -20,6 +21,7 @@ from lintime.model.sampling.budget import (
     with_guidance,
 )
 from lintime.model.sampling.diffusion import Segment
+from lintime.train.flops import count_flops
 
 SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
 ENDS = {"weak": 4, "powerful": 2}
@@ -61,6 +63,20 @@ def test_flops_of_modes():
     assert costs == {2: dit_flops(dit()), 4: dit_flops(dit(patch=4))}
     assert costs[4] / costs[2] == pytest.approx(0.2448, abs=1e-4)
     assert flops(config) == costs[2] and flops(config, 4) == flops(dit(), 4) == costs[4]
+
+
+@pytest.mark.parametrize("kind", ["none", "cross", "joint"])
+def test_flops_are_those_of_the_traced_net(kind):
+    text = {} if kind == "none" else {"context_dim": 6, "context_length": 5}
+    config = DiTConfig(
+        input_size=8, d_model=24, n_layer=3, n_head=2, mlp_ratio=3.0, context=kind, **text
+    )
+    shape = jax.ShapeDtypeStruct
+    one, x = shape((1,), "int32"), shape((1, *config.shape), "float32")
+    told = {"context": shape((1, 5, 6), "float32")} if text else {}
+    variables = jax.eval_shape(DiT(config).init, jax.random.key(0), x, one, one)
+    run = lambda v, x, one, told: DiT(config).apply(v, x, one, one, **told)[0]
+    assert 2 * dit_flops(config) == count_flops(run, variables, x, one, told)
 
 
 def test_flops_of_another_mixer_are_refused():
