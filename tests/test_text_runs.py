@@ -33,7 +33,7 @@ from lintime.train.validate import validate
 from tests import text_vectors as vectors
 from tests.test_clip_score import CONFIG, WORDS
 from tests.tiny import assert_same, quick, read_lines, saved_state
-from tests.tiny_diffusion import dit_run, flexible_run, stopped_after
+from tests.tiny_diffusion import dit_run, flexible_run, latent_run, stopped_after
 from tests.tiny_images import SIZE
 
 ONE = {"devices": jax.devices()[:1]}
@@ -273,12 +273,13 @@ def test_texts_beside_classes_and_padding(root, tmp_path):
         ("net.context=none", "context_dim=16 and context_length=8 without a context"),
         ("net.num_classes=1", "net.num_classes=1, but the data have 2"),
         ("sample.classes=1", "sample.classes=1 would be ignored: the net has no classes"),
+        ("sample.text=a data.text_encoder=gone", "sample.text has prompts, and their encoder is not"),
         ("eval.clip=x", "eval.clip=x scores images that are drawn; set eval.samples=N"),
     ],
 )  # fmt: skip
 def test_what_does_not_go_together_is_said_first(override, words, root, tmp_path):
     def train():
-        run = text_run(root, override)
+        run = text_run(root, *override.split())
         validate(run)
         loop.train(run, tmp_path / "run", **ONE)
 
@@ -291,6 +292,8 @@ def test_runs_without_texts_take_none(root):
     no("data.text=x would be ignored: the net reads no text; set net.context=cross", "data.text=x")
     no("sample.text=a cat is about texts, this net reads none", "sample.text=a cat")
     no("eval.clip=x is about texts", "eval.clip=x")
+    latents = latent_run(root / "images", "", "data.images.text=x")
+    refused("data.images.text=x would be ignored; set data.text", validate, latents)
 
 
 def test_mistakes_of_commands_are_one_line(cli, copy, root, tmp_path):

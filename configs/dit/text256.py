@@ -1,8 +1,8 @@
 """A DiT-XL/2 that reads text, on 256x256 latents: 829 M parameters.
 
-Paper: PixArt-alpha, arXiv 2310.00426, sections 2.3 and 3.1: cross-attention after the attention of
-every block, to 120 tokens of T5-XXL. There modulation is shared by all blocks and the net starts from
-DiT-XL/2; here every block has its own modulation, as in DiT, and the net starts anew.
+Paper: PixArt-alpha, arXiv 2310.00426, sections 2.3 and 3.1: every block reads 120 tokens of T5-XXL
+by cross-attention. There all blocks share their modulation and the net starts from DiT-XL/2; here
+each has its own, as in DiT, and the net starts anew.
 Cost: 149.3 GFLOPs (multiply-adds) forward per image; features take 1 MB a caption.
 Command:
   lintime prepare latents IMAGES --autoencoder sd-vae-ft-ema --out latents

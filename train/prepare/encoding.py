@@ -6,6 +6,7 @@ import dataclasses
 from pathlib import Path
 
 from ...model.nets.dit import DiTConfig
+from ..data.text_features import read_info
 from ..errors import UserError, told_as
 from ..schema import CodeData, ImageData, LatentData, Run
 from ..stages import resolve
@@ -36,6 +37,13 @@ def encode_data(run: Run, run_dir: str | Path) -> Path | None:
         UserError: what encodes is missing, or is not what encoded the folder.
     """
     folder = encoded_dir(run, run_dir)
+    if getattr(run.data, "text", "") and run.sample.text:
+        place = run.data.text_encoder or read_info(run.data.text).place
+        if not Path(place).expanduser().exists():  # else this is told after training
+            raise UserError(
+                f"sample.text has prompts, and their encoder is not at {place or '?'}; set "
+                "data.text_encoder=DIR, or leave sample.text out to draw captions"
+            )
     if isinstance(run.data, CodeData) and run.data.tokenizer:  # else there is nothing to check
         _codes(run, run_dir, folder)
     if isinstance(run.data, LatentData):
