@@ -273,7 +273,7 @@ def test_texts_beside_classes_and_padding(root, tmp_path):
         ("net.context=none", "context_dim=16 and context_length=8 without a context"),
         ("net.num_classes=1", "net.num_classes=1, but the data have 2"),
         ("sample.classes=1", "sample.classes=1 would be ignored: the net has no classes"),
-        ("sample.text=a data.text_encoder=gone", "sample.text has prompts, and their encoder is not"),
+        ("sample.text=a data.text_encoder=gone", "has prompts, and their encoder is not at gone"),
         ("eval.clip=x", "eval.clip=x scores images that are drawn; set eval.samples=N"),
     ],
 )  # fmt: skip

@@ -24,6 +24,7 @@ examples:
   lintime eval --run runs/mine --split test
   lintime prepare codes IMAGES --tokenizer RUN --out codes
   lintime prepare latents IMAGES --autoencoder DIR --out latents
+  lintime prepare text IMAGES --encoder DIR --out text
   lintime bench
 """
 
@@ -184,7 +185,7 @@ def _parser() -> _Parser:
 
     bench_arguments(sub)
 
-    sub = add("prepare", _prepare, "Encode images once, into token codes or latents, to train on.")
+    sub = add("prepare", _prepare, "Encode images or their captions once, to train on.")
     from .prepare.command import add_arguments as prepare_arguments
 
     prepare_arguments(sub)

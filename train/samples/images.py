@@ -73,6 +73,8 @@ def picture_stem(
         "precision": dataclasses.asdict(loaded.config.precision),
         "decoder": loaded.decoder_print,
     }  # fmt: skip
+    if captions := getattr(loaded.config.data, "text", ""):
+        settings["captions"] = captions
     return folder, _stem(folder, "-".join([*parts, *filter(None, [end])]), settings)
 
 
