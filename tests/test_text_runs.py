@@ -214,16 +214,16 @@ def test_prompts_make_pictures(cli, copy, tmp_path, root):
 
 def test_eval_gives_the_clip_score_of_what_was_drawn(cli, whole, copy, root):
     run, _, _ = whole
-    out = cli("eval", "--run", copy, "eval.samples=3", "--clip", root / "clip")
+    out = cli("eval", "--run", copy, "eval.samples=4", "--clip", root / "clip")
     found = dict(line.split() for line in out.splitlines()[1:] if len(line.split()) == 2)
     assert float(found["loss"]) == pytest.approx(read_lines(copy)[-1]["val_loss"], rel=1e-4)
     loaded = lintime.load(copy)
-    wanted = loaded.asked(dataclasses.replace(run.sample, count=3))
+    wanted = loaded.asked(dataclasses.replace(run.sample, count=4))
     score = clip_score(load_clip(root / "clip"), loaded.generate(wanted), list(wanted.prompts))
     assert float(found["clip_score"]) == pytest.approx(score.score, rel=1e-4)
-    assert "clip_score: 3 pairs, images seen at 8x8" in out
+    assert "clip_score: 4 pairs, images seen at 8x8" in out
     note = lambda *o: image_figures(loaded, apply_overrides(run, o), "validation")["notes"][-1]
-    assert "no CLIP weights were given" in note("eval.samples=3")
+    assert "no CLIP weights were given" in note("eval.samples=4")
     assert "eval.samples=N eval.clip=DIR" in note()
 
 
@@ -236,24 +236,28 @@ def test_a_flexible_net_draws_texts_at_two_budgets(root, tmp_path):
     run = text_run(root, "sample.count=0", "sample.budgets=1,0.7", flexible=True)
     validate(run)
     loaded, out = random_loaded(run, tmp_path), io.StringIO()
-    sample_budgets(loaded, dataclasses.replace(run.sample, text=("a cat",)), out=out)
-    assert "1 images at 2 budgets" in out.getvalue()
-    assert next((tmp_path / "samples").glob("*budgets.txt")).read_text() == "a cat\n"
+    sample_budgets(loaded, dataclasses.replace(run.sample, text=ANIMALS), out=out)
+    assert "2 images at 2 budgets" in out.getvalue()
+    assert next((tmp_path / "samples").glob("*budgets.txt")).read_text() == "a cat\ndogs\n"
     for budget in (1.0, 0.7):
-        draw = lambda text, budget=budget: loaded.generate(text=[text], budgets=(budget,))
-        np.testing.assert_array_equal(draw("a cat"), draw("a cat"))
-        assert np.any(draw("a cat") != draw("dogs"))
+        first, second = (
+            loaded.generate(text=t, budgets=(budget,)) for t in (ANIMALS, ["dogs"] * 2)
+        )
+        np.testing.assert_array_equal(first[1], second[1])
+        assert np.any(first[0] != second[0])
 
 
 def test_texts_beside_classes_and_padding(root, tmp_path):
     run = text_run(root, "net.num_classes=2")
     validate(run)
     loaded = random_loaded(run, tmp_path)
-    features, mask, _ = load_text_encoder(root / "clip").encode(["a cat"])
-    draw = lambda label, **mask: loaded.generate([label], context=features, **mask)
-    given = draw(0, context_mask=mask)
-    np.testing.assert_array_equal(given, loaded.generate([0], text=["a cat"]))
-    assert np.any(given != draw(1, context_mask=mask)) and np.any(given != draw(0))
+    features, mask, _ = load_text_encoder(root / "clip").encode(ANIMALS)
+    draw = lambda *labels, **mask: loaded.generate(labels, context=features, **mask)
+    given = draw(0, 0, context_mask=mask)
+    np.testing.assert_array_equal(given, loaded.generate([0, 0], text=ANIMALS))
+    other = draw(0, 1, context_mask=mask)
+    np.testing.assert_array_equal(given[0], other[0])
+    assert np.any(given[1] != other[1]) and np.any(given != draw(0, 0))
     refused("0 classes for 1 texts: this net has 2 classes", loaded.generate, text=["a cat"])
     wanted = loaded.asked(dataclasses.replace(run.sample, count=4))
     assert [ANIMALS[c] for c in wanted.classes] == list(wanted.prompts)
