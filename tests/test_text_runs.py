@@ -316,6 +316,8 @@ def test_mistakes_of_commands_are_one_line(cli, copy, root, tmp_path):
     )
     loaded = lintime.load(copy)
     refused("draws by text; give text=", loaded.generate, [0])
+    longer = lintime.load(copy, text_encoder=load_text_encoder(root / "clip", length=5))
+    refused("gives 5 tokens, .* reads 8", longer.generate, text=["a"])
     refused("prompts as a list", loaded.generate, text="a cat")
     refused(r"context of shape \(1, 2, 3\)", loaded.generate, context=np.zeros((1, 2, 3)))
     refused("1 classes for 1 texts: this net has 0 classes", loaded.generate, [0], text=["a"])

@@ -54,6 +54,11 @@ class TextReader:
                 f"{given.path} is not the text encoder whose features {path} was trained on "
                 f"(fingerprint {wanted[:12]}, this one has {given.fingerprint[:12]})"
             )
+        if given.length != self.config.context_length:
+            raise UserError(
+                f"the text encoder gives {given.length} tokens, {path} reads "
+                f"{self.config.context_length}; load it with length={self.config.context_length}"
+            )
         return given
 
     def of_prompts(self, prompts: Sequence[str], classes: Sequence[int] = ()) -> Wanted:
@@ -95,18 +100,14 @@ class TextReader:
         first validation images, with their features as they are stored."""
         if sample.text:
             count = sample.count or len(sample.text)
-            classes = [sample.classes[i % len(sample.classes)] for i in range(count)
-                       if sample.classes]  # fmt: skip
-            return self.of_prompts(
-                [sample.text[i % len(sample.text)] for i in range(count)], classes
-            )
+            classes = _in_turn(sample.classes, count) if sample.classes else ()
+            return self.of_prompts(_in_turn(sample.text, count), classes)
         held = self._validation_captions()
         count = sample.count or len(held)
         images = np.arange(count) % len(held)
-        classes = list(sample.classes)
-        if self.config.num_classes > 1:
-            classes = classes or _labels(self.loaded)
-            classes = [classes[i % len(classes)] for i in range(count)]
+        classes: Sequence[int] = ()
+        if self.config.num_classes:
+            classes = _in_turn(sample.classes or _labels(self.loaded), count)
         return wanted_texts(
             self.config, count, prompts=held.captions(images), classes=classes,
             features=lambda rows: held.rows(images[rows])[:2],
@@ -125,6 +126,10 @@ class TextReader:
                 f"{self.loaded.path} was trained on; make them with that one, or give --text"
             )
         return held
+
+
+def _in_turn(things: Sequence[Any], count: int) -> list[Any]:
+    return [things[i % len(things)] for i in range(count)]
 
 
 def _labels(loaded) -> list[int]:
