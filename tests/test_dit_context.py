@@ -183,12 +183,14 @@ def test_what_is_refused():
         abstract_params(text_config("joint", mixer="mamba2"))
     with pytest.raises(ValueError, match="null_context='mean'; choose learned or zero"):
         abstract_params(text_config("cross", null_context="mean"))
-    with pytest.raises(ValueError, match="no null context; give it a context"):
-        abstract_params(text_config("cross", class_dropout=0.0))
     shape = lambda config, *args, **kw: jax.eval_shape(
         lambda: DiT(config).init(jax.random.key(0), *args, **kw)
     )
     x, t, labels = some_inputs(make_config())
+    never = text_config("cross", class_dropout=0.0)
+    variables = {"params": abstract_params(never)}  # making parameters needs no context
+    with pytest.raises(ValueError, match="no null context; give it a context"):
+        jax.eval_shape(DiT(never).apply, variables, x, t, labels)
     with pytest.raises(ValueError, match="the net reads no context"):
         shape(make_config(), x, t, labels, context=CONTEXT)
     with pytest.raises(ValueError, match=r"a context of shape \(2, 6\); the net has context_len"):
