@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import re
 from collections.abc import Iterator
 
@@ -27,3 +28,13 @@ def told_as(*replacements: tuple[str, str]) -> Iterator[None]:
         for pattern, replacement in replacements:
             text = re.sub(pattern, replacement, text)
         raise UserError(text) from error
+
+
+def check_divides(whole_name: str, whole: int, part_name: str, part: int) -> None:
+    """Raises a UserError that names the nearest divisor unless `part` divides `whole`."""
+    if whole % part:
+        divisors = [d for d in range(1, whole + 1) if whole % d == 0]
+        best = min(divisors, key=lambda d: (abs(math.log(d / part)), d))
+        raise UserError(
+            f"{whole_name}={whole} is not divisible by {part_name}={part}; set {part_name}={best}"
+        )

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Sequence
 
 from ..model.layers.image_coder import check_channels
-from ..model.layers.patches import patch_name
 from ..model.nets import aim, dit, mamba_lm
 from ..model.nets.aim import AiMConfig
 from ..model.nets.dit import DiTConfig
-from ..model.nets.flexidit import FlexiDiTConfig, check_config
+from ..model.nets.flexidit import FlexiDiTConfig
 from ..model.nets.mamba_lm import MambaConfig
 from ..model.nets.transformer_vq import TransformerVQConfig
 from ..model.nets.vq_tokenizer import VQTokenizerConfig
@@ -22,15 +20,11 @@ from ..model.processes.flexible import (
     KERNELS,
     FlexibleDiffusion,
     FlexibleFlow,
-    time_spans,
 )
 from ..model.processes.flow import FlowMatching
 from ..model.processes.gaussian import GaussianDiffusion
-from ..model.sampling.diffusion import Segment
 from .config_files import KINDS, unknown_kind
-from .errors import UserError
-from .loaded.diffusion import make_sampler, solver_options
-from .loaded.flexible import flexible_segments
+from .errors import UserError, check_divides
 from .override import leaves, matches, nearest, type_name
 from .prepare.encoding import FOLDERS
 from .schema import (
@@ -46,6 +40,7 @@ from .schema import (
     VideoData,
 )
 from .tasks.tokenizer import check_perceptual
+from .validate_diffusion import check_diffusion
 
 _TEXT = {"data": Data, "process": Autoregressive, "sample": Sample}
 _IMAGES = {"sample": ImageSample}
@@ -187,7 +182,7 @@ def _places(path: str) -> tuple[str, ...]:
 def _check_relations(run: Run) -> None:
     net, mesh = run.net, run.mesh
     _check_kinds(run)
-    _divides("batch_size", run.batch_size, "optim.accumulate", run.optim.accumulate)
+    check_divides("batch_size", run.batch_size, "optim.accumulate", run.optim.accumulate)
     open_axes = [f"mesh.{axis}" for axis, size in vars(mesh).items() if size == -1]
     if len(open_axes) > 1:
         raise UserError(
@@ -200,9 +195,9 @@ def _check_relations(run: Run) -> None:
         if net.d_model % 2:
             raise UserError(f"net.d_model={net.d_model} must be even (sines and cosines)")
         if net.head_type in ("mqa", "mha"):
-            _divides("net.d_model", net.d_model, "net.d_k", net.d_k)
+            check_divides("net.d_model", net.d_model, "net.d_k", net.d_k)
         elif not net.d_v:
-            _divides("2 * net.d_model", 2 * net.d_model, "net.n_head", net.n_head)
+            check_divides("2 * net.d_model", 2 * net.d_model, "net.n_head", net.n_head)
     if isinstance(net, MambaConfig | AiMConfig):
         if net.dt_limit and (len(net.dt_limit) != 2 or net.dt_limit[0] > net.dt_limit[1]):
             raise UserError(f"net.dt_limit={net.dt_limit}: give (lowest, highest) or ()")
@@ -215,7 +210,7 @@ def _check_relations(run: Run) -> None:
     if isinstance(net, AiMConfig) and net.num_classes < 1:
         raise UserError(f"net.num_classes={net.num_classes} is out of range; it must be >= 1")
     if isinstance(net, DiTConfig | FlexiDiTConfig):
-        _check_diffusion(run)
+        check_diffusion(run)
     if isinstance(net, VQTokenizerConfig):
         try:
             check_channels(net)
@@ -229,179 +224,6 @@ def _check_relations(run: Run) -> None:
     if isinstance(run.data, CodeData):
         _check_codes(run)
     _check_used(run)
-
-
-def _check_diffusion(run: Run) -> None:
-    flexible = isinstance(run.net, FlexiDiTConfig)
-    net, at = (run.net.base, "net.base") if flexible else (run.net, "net")
-    _divides(f"{at}.input_size", net.input_size, f"{at}.patch_size", net.patch_size)
-    if net.frames:
-        _divides(f"{at}.frames", net.frames, f"{at}.patch_frames", net.patch_frames)
-    elif net.patch_frames != 1 or net.base_patch_frames:
-        raise UserError(
-            f"{at}.patch_frames={net.patch_frames} {at}.base_patch_frames={net.base_patch_frames} "
-            f"would be ignored: the net takes images; set {at}.frames, or leave them out"
-        )
-    _divides(f"{at}.d_model", net.d_model, f"{at}.n_head", net.n_head)
-    if net.d_model % 4:
-        raise UserError(
-            f"{at}.d_model={net.d_model} is not divisible by 4 (sines and cosines of rows and "
-            f"columns); set {at}.d_model={4 * max(1, round(net.d_model / 4))}"
-        )
-    _check_guidance(run, net, at)
-    try:
-        dit.check_context(net)
-        dit.make_mixer(net, parent=None)
-        if flexible:
-            check_config(run.net)
-            _check_objectives(run)
-            _check_trained_times(run)
-        _check_null_class(run, net, at)
-        make_sampler(dit.DiT(net), process=run.process, **solver_options(run.sample))
-    except ValueError as error:
-        raise UserError(str(error)) from error
-    if isinstance(run.process, GaussianDiffusion):
-        if net.learn_sigma != run.process.learns_variance:
-            raise UserError(
-                f"process.variance={run.process.variance} and {at}.learn_sigma={net.learn_sigma} "
-                f"do not go together; set {at}.learn_sigma={str(not net.learn_sigma).lower()}"
-            )
-    _check_frames(run, net, at)
-    _check_context(run, net, at)
-    if isinstance(run.data, ImageData) and (run.data.size, 3) != (net.input_size, net.in_channels):
-        raise UserError(
-            f"images have data.size={run.data.size} pixels and 3 channels, the net takes "
-            f"{net.input_size} and {net.in_channels}; set {at}.input_size={run.data.size} "
-            f"{at}.in_channels=3"
-        )
-
-
-def _check_objectives(run: Run) -> None:
-    """Raises ValueError or UserError for settings of `process` that cannot be."""
-    time_spans(run.process, run.net.others)
-    rows = run.batch_size // run.optim.accumulate
-    if run.process.match and rows < 2:
-        raise UserError(
-            f"process.match={run.process.match} compares rows of a micro-batch, which has {rows}; "
-            f"set batch_size={2 * run.optim.accumulate} or more, or less of optim.accumulate"
-        )
-
-
-def _check_trained_times(run: Run) -> None:
-    """Refuses budgets at which a weak mode acts, by a step or more, where it is not trained."""
-    sample, spans = run.sample, time_spans(run.process, run.net.others)
-    for budget in sample.budgets:
-        done = 0
-        for part in flexible_segments(run.net, sample, budget):
-            first, last = (1 - k / sample.steps for k in (done, done + part.steps - 1))
-            done += part.steps
-            for mode in {part.mode, part.guide_mode} & spans.keys():
-                low, high = spans[mode]
-                if max(low - last, first - high) > 1 / sample.steps:
-                    raise UserError(
-                        f"sample.budgets={budget:g} uses patch size {patch_name(mode)} from "
-                        f"{first:.2g} to {last:.2g} of the noise, but it trains on {low:g} to "
-                        f"{high:g} (process.train_t_range); change one of them"
-                    )
-
-
-def _check_context(run: Run, net: DiTConfig, at: str) -> None:
-    """Whether net, data and samples agree about texts."""
-    reads, held = net.context != "none", getattr(run.data, "text", "")
-    if reads and not held:
-        what = "data=VideoData(...) have none" if net.frames else "data.text names none"
-        raise UserError(
-            f"{at}.context={net.context}: the net reads the features of texts, {what}; make some "
-            "with `lintime prepare text` and set data.text=DIR, or leave the context out"
-        )
-    if not reads and held:
-        raise UserError(
-            f"data.text={held} would be ignored: the net reads no text; set {at}.context=cross, "
-            f"{at}.context_dim and {at}.context_length, or leave it out"
-        )
-    for name, value in (
-        ("sample.text", run.sample.text), ("eval.clip", run.eval.clip),
-        ("data.text_encoder", getattr(run.data, "text_encoder", "")),
-    ):  # fmt: skip
-        if value and not reads:
-            value = ",".join(value) if isinstance(value, tuple) else value
-            raise UserError(f"{name}={value} is about texts, this net reads none; leave it out")
-    classes = run.sample.classes
-    if reads and classes and not net.num_classes:
-        raise UserError(
-            f"sample.classes={','.join(map(str, classes))} would be ignored: the net has no "
-            "classes, only texts; leave it out"
-        )
-    if run.eval.clip and not run.eval.samples:
-        raise UserError(
-            f"eval.clip={run.eval.clip} scores images that are drawn; set eval.samples=N"
-        )
-
-
-def _check_frames(run: Run, net: DiTConfig, at: str) -> None:
-    """Whether net, data and samples agree about videos."""
-    data, videos = run.data, isinstance(run.data, VideoData)
-    if videos and net.shape != (data.frames, data.size, data.size, 3):
-        raise UserError(
-            f"videos have data.frames={data.frames} frames of data.size={data.size} pixels and 3 "
-            f"channels, the net takes {net.frames or 'no'} frames, {net.input_size} and "
-            f"{net.in_channels}; set {at}.frames={data.frames} {at}.input_size={data.size} "
-            f"{at}.in_channels=3"
-        )
-    if net.frames and not videos:
-        raise UserError(
-            f"{at}.frames={net.frames}: the net takes videos, data={type(data).__name__}(...) are "
-            f"none; set {at}.frames=0, or give data=VideoData(...)"
-        )
-    for name, value in (("sample.npz", run.sample.npz), ("eval.samples", run.eval.samples)):
-        if videos and value:
-            raise UserError(f"{name}={value} is about images, this run draws videos; leave it out")
-
-
-def _check_guidance(run: Run, net: DiTConfig, at: str) -> None:
-    sample = run.sample
-    if len(sample.guidance_interval) != 2:
-        raise UserError(
-            f"sample.guidance_interval={sample.guidance_interval}: give (low, high), such as 0,1"
-        )
-    if sample.guidance_channels > net.in_channels:
-        raise UserError(
-            f"sample.guidance_channels={sample.guidance_channels}, but images have "
-            f"{net.in_channels} channels; 0 guides all"
-        )
-    if not isinstance(sample, FlexibleSample):
-        return
-    if not sample.budgets:
-        raise UserError("sample.budgets is empty; give a share of the full compute, such as 1")
-    for name in ("files", "npz"):
-        if len(sample.budgets) > 1 and getattr(sample, name):
-            raise UserError(
-                f"sample.{name}=true would be ignored: several budgets are drawn as one picture; "
-                "give one of sample.budgets"
-            )
-    if len(sample.budgets) > 1 and run.eval.samples:
-        raise UserError(
-            f"eval.samples={run.eval.samples} images are drawn at one budget, sample.budgets has "
-            f"{len(sample.budgets)}; set sample.budgets={sample.budgets[-1]:g} or another"
-        )
-
-
-def _check_null_class(run: Run, net: DiTConfig, at: str) -> None:
-    """Whether guidance by predictions without a class can be had.
-
-    Raises:
-        UserError: it cannot. ValueError: a budget that cannot be met.
-    """
-    sample, parts = run.sample, [Segment(steps=run.sample.steps)]
-    if isinstance(sample, FlexibleSample):
-        parts = [p for b in sample.budgets for p in flexible_segments(run.net, sample, b)]
-    scales = [sample.guidance if p.scale is None else p.scale for p in parts if p.guide == "null"]
-    if not net.class_dropout and any(scale != 1.0 for scale in scales):
-        raise UserError(
-            f"sample.guidance={sample.guidance:g} needs a net that has learned to draw without a "
-            f"class, this one has {at}.class_dropout=0; leave guidance out, or train with "
-            f"{at}.class_dropout=0.1"
-        )
 
 
 def _check_kinds(run: Run) -> None:
@@ -472,7 +294,7 @@ def _check_codes(run: Run) -> None:
 
 def _check_text(run: Run) -> None:
     data = run.data
-    _divides(
+    check_divides(
         "data.sequence_len", data.sequence_len,
         "data.update_len", data.update_len or data.sequence_len,
     )  # fmt: skip
@@ -480,15 +302,6 @@ def _check_text(run: Run) -> None:
         raise UserError(
             f"net.vocab_size={run.net.vocab_size} is too small for data.vocab=bytes; "
             "set net.vocab_size=259 (256 bytes and 3 special ids)"
-        )
-
-
-def _divides(whole_name: str, whole: int, part_name: str, part: int) -> None:
-    if whole % part:
-        divisors = [d for d in range(1, whole + 1) if whole % d == 0]
-        best = min(divisors, key=lambda d: (abs(math.log(d / part)), d))
-        raise UserError(
-            f"{whole_name}={whole} is not divisible by {part_name}={part}; set {part_name}={best}"
         )
 
 
