@@ -4,6 +4,7 @@ Everything is set by default only: JAX_PLATFORMS=tpu or cuda runs the suite on r
 """
 
 import atexit
+import importlib.metadata
 import os
 import shutil
 import sys
@@ -19,7 +20,12 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 if os.environ["JAX_PLATFORMS"] == "cpu":
     flags = os.environ.get("XLA_FLAGS", "")
     if "xla_force_host_platform_device_count" not in flags:
-        os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count=8".strip()
+        flags += " --xla_force_host_platform_device_count=8"
+    # The older loop emitters compile a training step in half the time. jaxlib 0.12 has no such
+    # choice, and XLA stops at flags that it does not know.
+    if importlib.metadata.version("jaxlib").startswith("0.10.") and "fusion_emitters" not in flags:
+        flags += " --xla_cpu_use_fusion_emitters=false"
+    os.environ["XLA_FLAGS"] = flags.strip()
     # Most tests compile more than they compute. Child processes inherit this.
     os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
     # jax 0.10.2 sizes a thread pool by this; the TPU interpreter deadlocks if it is not above 8.
@@ -32,8 +38,11 @@ if os.environ["JAX_PLATFORMS"] == "cpu":
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     os.environ.setdefault("TPU_LOG_DIR", "disabled")
 os.environ.setdefault("MPLBACKEND", "agg")
-# Off by default; with JAX_COMPILATION_CACHE_DIR set, small programs are kept too.
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.05")
+# The processes of one run (of pytest -n 2, the commands they start) compile the same program once.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = compiled = tempfile.mkdtemp(prefix="compiled")
+    atexit.register(shutil.rmtree, compiled, ignore_errors=True)
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 import pathlib
 

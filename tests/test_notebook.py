@@ -7,6 +7,8 @@ import re
 
 import pytest
 
+from tests.tiny import xla_flags
+
 nbformat = pytest.importorskip("nbformat", reason="needs the notebook extra")
 nbclient = pytest.importorskip("nbclient", reason="needs the notebook extra")
 
@@ -54,7 +56,7 @@ def execute(name, tmp_path, smaller):
     env.update(
         LINTIME_RUN=str(tmp_path / "run"),
         MPLBACKEND="module://matplotlib_inline.backend_inline",
-        XLA_FLAGS="",
+        XLA_FLAGS=xla_flags(1),
     )
     client = nbclient.NotebookClient(
         notebook, timeout=600, resources={"metadata": {"path": str(tmp_path)}}

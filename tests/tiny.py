@@ -142,6 +142,13 @@ def write_config(run: Run, folder: pathlib.Path) -> pathlib.Path:
     return path
 
 
+def xla_flags(devices: int) -> str:
+    """XLA_FLAGS of this process with another number of CPU devices, for a child process."""
+    option = "--xla_force_host_platform_device_count="
+    rest = [f for f in os.environ.get("XLA_FLAGS", "").split() if not f.startswith(option)]
+    return " ".join([*rest, f"{option}{devices}"])
+
+
 def command(*arguments, devices: int = 1, cache=None, **kwargs) -> subprocess.Popen:
     """`lintime ...` in a process of its own on the CPU; its output is piped as text.
 
@@ -151,8 +158,8 @@ def command(*arguments, devices: int = 1, cache=None, **kwargs) -> subprocess.Po
     environment.pop("JAX_NUM_PROCESSES", None)
     environment |= {
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} "
-        "--xla_backend_optimization_level=0",  # compiles faster
+        "XLA_FLAGS": xla_flags(devices),
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # compiles faster
         "PYTHONUNBUFFERED": "1",
     }
     if cache:
