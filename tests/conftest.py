@@ -4,6 +4,7 @@ Everything is set by default only: JAX_PLATFORMS=tpu or cuda runs the suite on r
 """
 
 import atexit
+import gc
 import importlib.metadata
 import os
 import shutil
@@ -51,6 +52,8 @@ import pytest
 from absl import flags as absl_flags
 
 pytest.register_assert_rewrite("tests.kernel_base", "tests.aot")
+
+gc.set_threshold(50_000, 20, 100)  # tracing makes many objects and little garbage
 
 if not absl_flags.FLAGS.is_parsed():
     absl_flags.FLAGS.mark_as_parsed()  # grain's worker processes ask for parsed flags
