@@ -15,12 +15,26 @@ from tests.golden.runner import SYSTEMS, run_case
 
 OWN = pathlib.Path(__file__).parent / "golden" / "own"
 SHARED = pathlib.Path(os.environ.get("LINTIME_GOLDEN") or "/nonexistent")
+# The longer cases of which the same family has another: the second jax is tried with that one.
+ONE_JAX_IS_ENOUGH = {
+    "aim": {"aim_single", "aim_group", "aim_mlp_optional"},
+    "dit": {"forward_p4", "loss_kl", "loss_respaced_rescaled"},
+    "flexidit": {"shared_init_2_4"},
+    "transformer_vq": {
+        *("model_shga_tied", "model_shga_untied_M8", "dense_equiv_agg_nograd"),
+        *("dense_equiv_noagg", "opt_attn_vq_mqa", "opt_attn_vq_shga", "opt_model_vq_mqa"),
+        *("opt_model_vq_shga", "trainstep_adamw"),
+    },
+}
 
 
 def shared_cases():
     """(system, case) of the shared vectors; one stand-in, which skips, where there are none."""
     folders = [SHARED / system for system in SYSTEMS if (SHARED / system).is_dir()]
-    return [(f.name, name) for f in folders for name in load_manifest(f).cases] or [("none", "")]
+    cases = [(f.name, name) for f in folders for name in load_manifest(f).cases]
+    once = {(system, name) for system, names in ONE_JAX_IS_ENOUGH.items() for name in names}
+    mark = lambda case: pytest.param(*case, marks=pytest.mark.slow) if case in once else case
+    return [mark(case) for case in cases] or [("none", "")]
 
 
 @pytest.mark.parametrize("system, name", shared_cases())
