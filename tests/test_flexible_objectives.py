@@ -121,7 +121,7 @@ def test_the_term_by_hand(source):
     t = jnp.linspace(0.1, 0.9, ROWS)
     split = split_base(tree)
     losses, parts = jax.jit(task._losses)(
-        split["params"], split["stats"], x, labels, t, noise, {"dropout": key}
+        split["params"], split["stats"], x, {"labels": labels}, t, noise, {"dropout": key}
     )
 
     share = jax.random.uniform(jax.random.fold_in(key, 1), (ROWS,), minval=0.5, maxval=1.0)
