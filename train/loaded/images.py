@@ -99,7 +99,7 @@ class LoadedImages(LoadedRun, abc.ABC):
         s = dataclasses.replace(self.config.sample, **settings)
         count = len(classes)
         if not count or s.rows < 1:
-            raise UserError(f"{count} images, {s.rows} rows at a time; give at least 1")
+            raise UserError(f"{count} classes or texts, {s.rows} rows at a time; give at least 1")
         draw = self.drawer(s)
         rows = min(s.rows, count)
         for at in range(0, count, rows):
