@@ -19,7 +19,8 @@ from lintime.train.checkpoint import Checkpoints, save_inference
 from lintime.train.config_files import save_config
 from lintime.train.data import ByteVocab
 from lintime.train.errors import UserError
-from lintime.train.samples.command import continue_text, sample_text, stream_text
+from lintime.train.loaded.text import continue_text, stream_text
+from lintime.train.samples.command import sample_text
 from lintime.train.schema import Checkpoint, Data, Run, Sample
 from lintime.train.state import TrainState
 from lintime.train.tasks.table import make_task

@@ -15,12 +15,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..model.convert.names import check_shapes, flatten
-from .checkpoint import FOLDER, restore_inference
+from ..model.convert.names import flatten
+from .checkpoint import FOLDER
 from .config_files import from_json
 from .errors import UserError
 from .schema import Run
-from .tasks.table import make_task
 
 # Names of the weights within a folder, by format; the first that is there is read.
 WEIGHTS = {"safetensors": "model.safetensors", "bin": "pytorch_model.bin", "npz": "model.npz"}
@@ -190,29 +189,6 @@ def read_hyperparameters(path: str | Path) -> tuple[Run | None, dict | None]:
     if isinstance(data.get("net"), dict):
         return from_json(data), None
     return None, data
-
-
-# ---------------------------------------------------------------- weights of runs
-
-
-def load_weights(run: Run, run_dir: str | Path) -> dict[str, Any]:
-    """{"params", "stats"} of a run as numpy arrays: the newest, averaged where it keeps those."""
-    abstract = make_task(run).abstract()
-    return jax.tree.map(np.asarray, restore_inference(run_dir, abstract))
-
-
-def check_weights(run: Run, variables: dict[str, Any], source: str | Path) -> None:
-    """The net of `run` must have exactly these arrays.
-
-    Raises:
-        UserError: names those that are missing, unknown or of another shape.
-    """
-    wanted = make_task(run).abstract()
-    shapes = {name: tuple(a.shape) for name, a in flatten(wanted).items()}
-    try:
-        check_shapes(flatten({"stats": {}} | variables), shapes)
-    except ValueError as error:
-        raise UserError(f"{source} does not fit the config: {error}") from error
 
 
 def encode_arrays(flat: Mapping[str, np.ndarray], file_format: str) -> bytes:

@@ -19,7 +19,6 @@ from ...model.nets.transformer_vq import TransformerVQConfig
 from ...model.nets.vq_tokenizer import VQTokenizerConfig
 from ..arrays import (
     WEIGHTS,
-    check_weights,
     config_beside,
     encode_arrays,
     must_be_new,
@@ -32,6 +31,7 @@ from ..errors import UserError
 from ..files import write_atomic
 from ..schema import CodeData, ImageData, Run
 from ..validate import validate
+from ..weights import check_weights
 from . import (
     aim as convert_aim,
     dit as convert_dit,

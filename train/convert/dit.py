@@ -12,11 +12,11 @@ from ...model.convert import dit as layout_of
 from ...model.nets.dit import DiTConfig
 from ...model.processes.flow import FlowMatching
 from ...model.processes.gaussian import GaussianDiffusion
-from ..arrays import load_weights
 from ..errors import UserError
 from ..override import apply_overrides
 from ..resolution import check_positions_of
 from ..schema import DiffusionSample, LatentData, Run
+from ..weights import load_weights
 
 LAYOUTS = ("dit", "sit")
 # As the published demos draw; the FID protocols have guidance 1.5.

@@ -11,12 +11,12 @@ import numpy as np
 from ...model.convert import flexidit as layout_of
 from ...model.nets.flexidit import FlexiDiTConfig
 from ...model.processes.flow import FlowMatching
-from ..arrays import load_weights
 from ..errors import UserError
 from ..override import apply_overrides
 from ..resolution import check_positions_of
 from ..schema import Run
 from ..tasks.flexible import flexible_run, split_base
+from ..weights import load_weights
 from . import dit as convert_dit
 
 # Ours, and the layout of the base's process.

@@ -10,10 +10,10 @@ import numpy as np
 
 from ...model.convert import mamba as layout_of
 from ...model.nets.mamba_lm import MambaConfig
-from ..arrays import load_weights
 from ..errors import UserError
 from ..override import apply_overrides
 from ..schema import Data, Run
+from ..weights import load_weights
 
 LAYOUTS = ("mamba-ssm",)
 

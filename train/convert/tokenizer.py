@@ -12,11 +12,11 @@ import numpy as np
 
 from ...model.convert import vq_tokenizer as layout_of
 from ...model.nets.vq_tokenizer import VQTokenizerConfig
-from ..arrays import load_weights
 from ..encoders.tokenizer import tokenizer_run
 from ..errors import UserError
 from ..override import apply_overrides
 from ..schema import Run
+from ..weights import load_weights
 
 LAYOUTS = ("llamagen-vq",)
 

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from ...model.convert import transformer_vq as layouts
 from ...model.convert.dense_to_vq import dense_to_vq
 from ...model.nets.transformer_vq import TransformerVQConfig, head_geometry
-from ..arrays import check_weights, load_weights, must_be_new
+from ..arrays import must_be_new
 from ..checkpoint import save_inference
 from ..config_files import read_config, save_config
 from ..errors import UserError
@@ -23,6 +23,7 @@ from ..schema import Run
 from ..tasks.base import DTYPES
 from ..tasks.table import make_task
 from ..validate import validate
+from ..weights import check_weights, load_weights
 
 LAYOUTS = {"transformer-vq-main": "main", "transformer-vq-optimized": "optimized"}
 FROM = {"main": layouts.from_reference_main, "optimized": layouts.from_reference_optimized}

@@ -9,11 +9,12 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from ..arrays import check_weights, config_beside, read_arrays, read_hyperparameters
+from ..arrays import config_beside, read_arrays, read_hyperparameters
 from ..convert import aim as convert_aim
 from ..convert.command import recognise
 from ..errors import UserError
 from ..schema import Precision
+from ..weights import check_weights
 
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 FILES = ("*.json", "*.safetensors", "*.bin")

@@ -14,6 +14,7 @@ from ...model.nets.lpips import SMALLEST
 from ...model.nets.patchgan import PatchGAN
 from ...model.nets.vq_tokenizer import VQTokenizer
 from ...model.processes.adversarial import code_counts, stage1_loss
+from ..arrays import read_arrays
 from ..errors import UserError
 from ..optimizers import make_optimizer
 from ..schema import Run
@@ -166,7 +167,6 @@ def lpips_weights(files: str):
         UserError: a file is missing, or holds something else.
     """
     from ...model.convert.lpips import lpips_from_reference
-    from ..arrays import read_arrays
 
     flat: dict[str, Any] = {}
     for file in filter(None, (f.strip() for f in files.split(","))):
