@@ -310,6 +310,9 @@ def test_one_budget_is_a_grid_and_several_a_picture_with_a_table(cli, whole, cop
     loaded = lintime.load(copy)
     draw = lambda budget: loaded.generate([0, 1], steps=8, guidance=2.0, budgets=(budget,))
     assert np.any(draw(0.6) != draw(1.0))
+    np.testing.assert_array_equal(
+        loaded.generate([0, 1], steps=8, guidance=2.0), draw(loaded.config.sample.budgets[0])
+    )
     with pytest.raises(UserError, match=r"budgets=1, 0.6: images are drawn at one .*=\(0.6,\)"):
         loaded.generate([0, 1], budgets=(1.0, 0.6))
 

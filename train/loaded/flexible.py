@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 
@@ -35,6 +36,12 @@ class LoadedFlexible(LoadedDiffusion):
         """All parameters, the frozen base of adapters included, as `mode_params` takes them."""
         return {**self.params, **self.stats}
 
+    @property
+    def usual(self) -> FlexibleSample:
+        """The run's `sample`, of its budgets the first."""
+        sample = self.config.sample
+        return dataclasses.replace(sample, budgets=sample.budgets[:1])
+
     @functools.cached_property
     def modes(self) -> dict:
         """{patch: parameters of the DiT of that patch}, adapters merged; what they share is not
@@ -48,7 +55,7 @@ class LoadedFlexible(LoadedDiffusion):
         Raises:
             UserError: several budgets. `sample_budgets` draws those side by side.
         """
-        settings = settings or self.config.sample
+        settings = settings or self.usual
         if len(settings.budgets) != 1:
             listed = ", ".join(f"{b:g}" for b in settings.budgets)
             raise UserError(

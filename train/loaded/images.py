@@ -59,6 +59,11 @@ class LoadedImages(LoadedRun, abc.ABC):
         """What `sample` asks for."""
         return self.wanted(classes_of(sample, self.num_classes))
 
+    @property
+    def usual(self) -> Any:
+        """How `generate` draws where nothing else is said: the run's `sample`."""
+        return self.config.sample
+
     def settings(self, sample: Any) -> dict[str, Any]:
         """Of `sample`, the settings that say how images are drawn."""
         names = [f.name for f in dataclasses.fields(sample) if f.name not in SHOWN]
@@ -72,8 +77,8 @@ class LoadedImages(LoadedRun, abc.ABC):
         Args:
             classes: ids in 0..num_classes-1, or what `wanted` or `asked` gives.
             seed, start: image i is drawn with keys that depend on (seed, start + i) only.
-            settings: how to draw, fields of the run's `sample`, which are used unless given; and
-                what else `wanted` takes: of models that read a text its prompts, `text`, or their
+            settings: how to draw, fields of the run's `sample`, which are used unless given
+                (`usual`); and what else `wanted` takes: of models that read a text its prompts, `text`, or their
                 features, `context` and `context_mask`.
 
         Returns:
@@ -93,10 +98,10 @@ class LoadedImages(LoadedRun, abc.ABC):
             told = inspect.signature(self.wanted).parameters
             told = {name: settings.pop(name) for name in list(settings) if name in told}
             classes = self.wanted(classes, **told)
-        fields = self.settings(self.config.sample)
+        fields = self.settings(self.usual)
         if unknown := settings.keys() - fields.keys():
             raise TypeError(f"takes {', '.join(sorted(fields))}, not {unknown.pop()}")
-        s = dataclasses.replace(self.config.sample, **settings)
+        s = dataclasses.replace(self.usual, **settings)
         count = len(classes)
         if not count or s.rows < 1:
             raise UserError(f"{count} classes or texts, {s.rows} rows at a time; give at least 1")
