@@ -107,6 +107,7 @@ def stopped_at(step, stage, monkeypatch) -> None:
     monkeypatch.setattr(loop, "put_batch", put_batch)
 
 
+@pytest.mark.slow
 def test_a_pipeline_stopped_everywhere_continues_bit_for_bit(whole, tmp_path, monkeypatch):
     run, folder = whole
     out = tmp_path / "run"
@@ -322,6 +323,7 @@ def hub(whole, tmp_path_factory) -> Path:
     return out
 
 
+@pytest.mark.slow
 def test_from_the_hubs_layout_and_back(whole, hub, tmp_path):
     ours = lintime.load(whole[1])
     read = lintime.load(hub)

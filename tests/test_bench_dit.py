@@ -11,6 +11,8 @@ from lintime.train.bench import dit as bench_dit, jobs as jobs_of_bench
 from lintime.train.bench.dit import SIZES, flexible_config, make_run, schedules, step_by_step
 from lintime.train.cli import main
 
+pytestmark = pytest.mark.host
+
 H200 = {"platform": "gpu", "kind": "NVIDIA H200", "count": 1, "memory": 150e9, "jax": "0.0.0"}
 PEAK = {"peak_bytes": 2**35, "peak_flops": 989e12}
 

@@ -103,6 +103,7 @@ def test_vq_equals_dense_where_every_key_is_a_centre(kind, head, mem_len, length
         assert np.abs(other - want).max() > 1e-2
 
 
+@pytest.mark.slow
 def test_converted_codebooks_are_a_fixed_point_and_near_the_dense_loss():
     # Without position bias, so that only the codebooks can cost anything.
     flash = dataclasses.replace(TOY, attention="flash", n_code=64)
