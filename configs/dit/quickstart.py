@@ -1,7 +1,8 @@
-"""Handwritten digits by class with a pixel DiT and flow matching, in three minutes on a CPU.
+"""Handwritten digits by class with a pixel DiT and flow matching, on a CPU.
 
 Paper: DiT, arXiv 2212.09748, trained as SiT, arXiv 2401.08740 (a very small relative on
 scikit-learn's 1,797 digits, 8x8 pixels shown at 16x16).
+Measured: 84 s on 2 CPU cores, start to samples.
 Command: lintime train dit/quickstart
 """
 
