@@ -78,8 +78,8 @@ class LoadedImages(LoadedRun, abc.ABC):
             classes: ids in 0..num_classes-1, or what `wanted` or `asked` gives.
             seed, start: image i is drawn with keys that depend on (seed, start + i) only.
             settings: how to draw, fields of the run's `sample`, which are used unless given
-                (`usual`); and what else `wanted` takes: of models that read a text its prompts, `text`, or their
-                features, `context` and `context_mask`.
+                (`usual`); and what else `wanted` takes: of models that read a text its prompts,
+                `text`, or their features, `context` and `context_mask`.
 
         Returns:
             [n, H, W, 3] uint8; [n, F, H, W, 3] where the model draws videos.
