@@ -77,3 +77,28 @@ def golden_dir() -> pathlib.Path:
     path = pathlib.Path(name).resolve()
     assert path.is_dir(), f"LINTIME_GOLDEN={name} is not a folder"
     return path
+
+
+@pytest.fixture
+def cli(capfd):
+    """cli(*words) -> stdout; cli.refused(*words) -> the one line."""
+
+    def call(*words, status=0):
+        capfd.readouterr()
+        from lintime.train.cli import main
+
+        try:
+            code = main([str(w) for w in words])
+        except SystemExit as leave:  # argparse
+            code = leave.code
+        out, err = capfd.readouterr()
+        assert code == status, err
+        return out if status == 0 else err
+
+    def refused(*words):
+        err = call(*words, status=2)
+        assert err.startswith("lintime: ") and err.count("\n") == 1, err
+        return err
+
+    call.refused = refused
+    return call

@@ -20,11 +20,10 @@ from lintime.train.cli import main
 from lintime.train.config_files import from_json, to_json
 from lintime.train.convert.command import convert, export
 from lintime.train.encoders.tokenizer import load_tokenizer
-from lintime.train.errors import UserError
 from lintime.train.override import apply_overrides
 from lintime.train.prepare import encode
 from lintime.train.validate import validate
-from tests.tiny import assert_same, quick, read_lines, saved_state
+from tests.tiny import assert_same, quick, read_lines, refused, saved_state
 from tests.tiny_images import CLASSES, SIZE, aim_run, tokenizer_run, write_images
 
 ONE = {"devices": jax.devices()[:1]}
@@ -61,13 +60,6 @@ def same_run(a, b, run) -> None:
         assert_same(saved_state(of, a / part), saved_state(of, b / part))
     codes = lambda folder: {p.name: p.read_bytes() for p in (folder / "codes").glob("*.npy")}
     assert codes(a) == codes(b) and codes(a)
-
-
-def refused(words, function, *arguments, **options) -> str:
-    with pytest.raises(UserError, match=words) as caught:
-        function(*arguments, **options)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
 
 
 # ---------------------------------------------------------------- the pipeline

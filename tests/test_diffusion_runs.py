@@ -19,7 +19,6 @@ from lintime.model.processes.gaussian import GaussianDiffusion
 from lintime.model.sampling.classes import row_keys
 from lintime.train import loop
 from lintime.train.arrays import encode_arrays
-from lintime.train.cli import main
 from lintime.train.errors import UserError
 from lintime.train.evaluate import make_evaluator
 from lintime.train.finish import finish
@@ -30,7 +29,7 @@ from lintime.train.schema import DiffusionSample, LatentData, Run
 from lintime.train.tasks.table import make_task
 from lintime.train.validate import validate
 from tests import autoencoder_vectors as vectors
-from tests.tiny import assert_close, assert_same, quick, read_lines, saved_state, values
+from tests.tiny import assert_close, assert_same, quick, read_lines, refused, saved_state, values
 from tests.tiny_diffusion import dit_run, latent_run, stopped_after
 from tests.tiny_images import CLASSES, SIZE, write_images
 
@@ -65,32 +64,6 @@ def whole(images, tmp_path_factory):
 @pytest.fixture
 def copy(whole, tmp_path) -> Path:
     return Path(shutil.copytree(whole["gaussian"][1], tmp_path / "copy"))
-
-
-@pytest.fixture
-def cli(capfd):
-    """cli(*words) -> stdout; cli.refused(*words) -> the one line."""
-
-    def call(*words, status=0):
-        capfd.readouterr()
-        code = main([str(w) for w in words])
-        out, err = capfd.readouterr()
-        assert code == status, err
-        return out if status == 0 else err
-
-    def refused(*words):
-        err = call(*words, status=2)
-        assert err.startswith("lintime: ") and err.count("\n") == 1, err
-        return err
-
-    call.refused = refused
-    return call
-
-
-def refused(words, function, *arguments, **options) -> None:
-    with pytest.raises(UserError, match=words) as caught:
-        function(*arguments, **options)
-    assert "\n" not in str(caught.value)
 
 
 def pngs(folder: Path, pattern="*.png") -> dict[str, bytes]:

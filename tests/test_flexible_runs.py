@@ -13,7 +13,6 @@ from PIL import Image
 import lintime
 from lintime.model.nets.flexidit import mode_params
 from lintime.train import loop
-from lintime.train.cli import main
 from lintime.train.convert.flexify import flexify_run
 from lintime.train.errors import UserError
 from lintime.train.finish import finish
@@ -72,26 +71,6 @@ def whole(images, dit, tmp_path_factory):
 @pytest.fixture
 def copy(whole, tmp_path) -> Path:
     return Path(shutil.copytree(whole["shared"][1], tmp_path / "copy"))
-
-
-@pytest.fixture
-def cli(capfd):
-    """cli(*words) -> stdout; cli.refused(*words) -> the one line."""
-
-    def call(*words, status=0):
-        capfd.readouterr()
-        code = main([str(w) for w in words])
-        out, err = capfd.readouterr()
-        assert code == status, err
-        return out if status == 0 else err
-
-    def refused(*words):
-        err = call(*words, status=2)
-        assert err.startswith("lintime: ") and err.count("\n") == 1, err
-        return err
-
-    call.refused = refused
-    return call
 
 
 def tree(state):

@@ -48,29 +48,6 @@ def run(trained, tmp_path) -> Path:
     return Path(shutil.copytree(trained[0], tmp_path / "run"))
 
 
-@pytest.fixture
-def cli(capfd):
-    """cli(*words) -> stdout; cli.refused(*words) -> the one line."""
-
-    def call(*words, status=0):
-        capfd.readouterr()
-        try:
-            code = main([str(w) for w in words])
-        except SystemExit as leave:
-            code = leave.code
-        out, err = capfd.readouterr()
-        assert code == status, err
-        return out if status == 0 else err
-
-    def refused(*words):
-        err = call(*words, status=2)
-        assert err.startswith("lintime: ") and err.count("\n") == 1, err
-        return err
-
-    call.refused = refused
-    return call
-
-
 def pixels(path) -> np.ndarray:
     return np.asarray(Image.open(path))
 

@@ -26,11 +26,10 @@ from lintime.train.encoders.autoencoder import (
     check_autoencoder,
     load_autoencoder,
 )
-from lintime.train.errors import UserError
 from lintime.train.prepare.command import prepare_latents
 from lintime.train.schema import DATA, ImageData, LatentData, Run
 from tests import autoencoder_vectors as vectors
-from tests.tiny import quick
+from tests.tiny import quick, refused
 
 SIZE = 8
 TINY = AutoencoderKLConfig(ch=32, ch_mult=(1, 1), num_res_blocks=1, latent_channels=2)
@@ -95,12 +94,6 @@ def opened(folder, split="train", seed=3, batch_size=4, **fields):
 
 def contents(folder):
     return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.iterdir()}
-
-
-def refused(words, function, *arguments, **options):
-    with pytest.raises(UserError, match=words) as error:
-        function(*arguments, **options)
-    assert "\n" not in str(error.value)
 
 
 def stored(folder, split, shard):

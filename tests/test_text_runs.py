@@ -15,11 +15,9 @@ import lintime
 from lintime.model.convert.clip import clip_shapes
 from lintime.train import loop
 from lintime.train.arrays import encode_arrays
-from lintime.train.cli import main
 from lintime.train.data.open import open_split
 from lintime.train.data.text_features import TextFeatures
 from lintime.train.encoders.text import load_text_encoder
-from lintime.train.errors import UserError
 from lintime.train.evaluate.clip_score import clip_score, load_clip
 from lintime.train.evaluate.runs import image_figures
 from lintime.train.finish import finish
@@ -32,7 +30,7 @@ from lintime.train.tasks.table import make_task
 from lintime.train.validate import validate
 from tests import text_vectors as vectors
 from tests.test_clip_score import CONFIG, WORDS
-from tests.tiny import assert_same, quick, read_lines, saved_state
+from tests.tiny import assert_same, quick, read_lines, refused, saved_state
 from tests.tiny_diffusion import dit_run, flexible_run, latent_run, stopped_after
 from tests.tiny_images import SIZE
 
@@ -103,32 +101,6 @@ def whole(root, tmp_path_factory):
 @pytest.fixture
 def copy(whole, tmp_path) -> Path:
     return Path(shutil.copytree(whole[1], tmp_path / "copy"))
-
-
-@pytest.fixture
-def cli(capfd):
-    """cli(*words) -> stdout; cli.refused(*words) -> the one line."""
-
-    def call(*words, status=0):
-        capfd.readouterr()
-        code = main([str(w) for w in words])
-        out, err = capfd.readouterr()
-        assert code == status, err
-        return out if status == 0 else err
-
-    def refused(*words):
-        err = call(*words, status=2)
-        assert err.startswith("lintime: ") and err.count("\n") == 1, err
-        return err
-
-    call.refused = refused
-    return call
-
-
-def refused(words, function, *arguments, **options) -> None:
-    with pytest.raises(UserError, match=words) as caught:
-        function(*arguments, **options)
-    assert "\n" not in str(caught.value)
 
 
 def pictures(folder: Path) -> dict[str, bytes]:

@@ -14,7 +14,6 @@ from lintime.model.convert.lpips import LINEAR, lpips_shapes
 from lintime.train import loop
 from lintime.train.checkpoint import Checkpoints, save_inference
 from lintime.train.config_files import save_config
-from lintime.train.errors import UserError
 from lintime.train.loaded.load import load
 from lintime.train.mesh import make_mesh, put_batch, state_shardings
 from lintime.train.override import apply_overrides
@@ -30,6 +29,7 @@ from tests.tiny import (
     assert_same,
     quick,
     read_lines,
+    refused,
     saved_state,
     values,
 )
@@ -251,12 +251,6 @@ def lpips(tmp_path_factory) -> str:
     np.savez(folder / "vgg16.npz", **arrays)
     np.savez(folder / "linear.npz", **linear)
     return f"{folder}/vgg16.npz,{folder}/linear.npz"
-
-
-def refused(words, function, *arguments, **options):
-    with pytest.raises(UserError, match=words) as caught:
-        function(*arguments, **options)
-    assert "\n" not in str(caught.value)
 
 
 def test_lpips_without_weights_is_one_line(images, lpips, tmp_path):

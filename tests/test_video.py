@@ -27,12 +27,11 @@ from lintime.train.cli import main
 from lintime.train.config_files import from_json, to_json
 from lintime.train.convert.flexify import flexify_run
 from lintime.train.data.videos import MovingDigits, bounce, open_video_data
-from lintime.train.errors import UserError
 from lintime.train.override import apply_overrides
 from lintime.train.samples.pictures import picture_grid, save_mp4, save_picture
 from lintime.train.schema import VideoData
 from lintime.train.validate import validate
-from tests.tiny import assert_same, quick, read_lines, saved_state
+from tests.tiny import assert_same, quick, read_lines, refused, saved_state
 from tests.tiny_diffusion import stopped_after, video_run
 from tests.tiny_dit import compiled, make_config, random_params, some_inputs
 
@@ -54,12 +53,6 @@ def clips(tmp_path_factory):
     videos = rng.integers(0, 256, (20, 6, 8, 8, 3), dtype=np.uint8)
     np.savez(path, videos=videos, labels=np.arange(20) % 4)
     return path
-
-
-def refused(words, function, *arguments, **options) -> None:
-    with pytest.raises(UserError, match=words) as caught:
-        function(*arguments, **options)
-    assert "\n" not in str(caught.value)
 
 
 # ---------------------------------------------------------------- the net

@@ -19,6 +19,7 @@ from lintime.model.nets.transformer_vq import TransformerVQConfig
 from lintime.train import loop
 from lintime.train.checkpoint import Checkpoints
 from lintime.train.config_files import save_config
+from lintime.train.errors import UserError
 from lintime.train.override import apply_overrides
 from lintime.train.schema import Checkpoint, Data, Eval, Log, Optim, Run, Sample
 from lintime.train.step import init_state
@@ -171,3 +172,11 @@ def command(*arguments, devices: int = 1, cache=None, **kwargs) -> subprocess.Po
         [sys.executable, "-m", "lintime.train.cli", *map(str, arguments)],
         env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **kwargs,
     )  # fmt: skip
+
+
+def refused(words, function, *arguments, **options) -> str:
+    """The message of the UserError that a call raises, which is one line and has these words."""
+    with pytest.raises(UserError, match=words) as caught:
+        function(*arguments, **options)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
