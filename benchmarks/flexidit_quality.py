@@ -112,7 +112,7 @@ def schedules(run, budgets):
         settings = dataclasses.replace(sample, budgets=(budget,))
         parts = flexible_segments(run.net, settings, budget)
         name = "+".join(f"{part.steps} x p{part.mode}" for part in parts)
-        out[name] = ("full" if len(parts) == 1 else WEAK, settings)
+        out[name] = ("full" if budget == 1 else WEAK, settings)
     for budget in budgets:
         steps = max(round(budget * sample.steps), 2)
         settings = dataclasses.replace(sample, steps=steps, budgets=(1.0,))

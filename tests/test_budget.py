@@ -22,6 +22,7 @@ from lintime.model.sampling.budget import (
 )
 from lintime.model.sampling.diffusion import Segment
 from lintime.train.flops import count_flops
+from lintime.train.loaded.flexible import shown_budget
 
 SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
 ENDS = {"weak": 4, "powerful": 2}
@@ -209,3 +210,13 @@ def test_plan_takes_any_one_way():
         modes(budget=0.5, weak_steps=1)
     with pytest.raises(ValueError, match="3 modes for 4 steps"):
         modes(modes=[4, 2, 2])
+
+
+def test_budget_to_propose():
+    """One that can be met, whatever the patch sizes cost."""
+    net = lambda sizes: FlexiDiTConfig(base=dit("S"), patch_sizes=sizes)
+    assert shown_budget(net((2, 4))) == 0.6 and shown_budget(net((2,))) is None
+    close = FlexiDiTConfig(base=dit("S", latent=20, patch=4), patch_sizes=(4, 5))
+    least = relative_flops(plan(4, mode_flops(close), powerful=4, weak=5, weak_steps=4),
+                           mode_flops(close), 4)  # fmt: skip
+    assert 0.6 < least <= shown_budget(close) < least + 0.01

@@ -233,6 +233,7 @@ def test_mistakes_are_one_line(cli, copy):
         ("net.learn_sigma=false", "net.learn_sigma=False do not go .* net.learn_sigma=true"),
         ("net.d_model=18", "net.d_model=18 is not divisible by 4"),
         ("process.timesteps=4", "process.timesteps=4: "),
+        (f"sample.classes={CLASSES}", f"class {CLASSES} is out of range"),
         ("sample.steps=2000", "2000"),
     ],
 )

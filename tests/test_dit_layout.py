@@ -263,6 +263,11 @@ def test_a_run_of_dit_or_sit():
     assert convert(flat, "net.n_head=4")[0].net.input_size == 16
     with pytest.raises(UserError, match="f: the shapes do not tell net.n_head"):
         convert(flat)
+    # what a layout does not hold
+    pixels = dataclasses.replace(run, data=ImageData(size=8))
+    cosine = dataclasses.replace(run.process, schedule="squaredcos_cap_v2")
+    for other in (sit, pixels, dataclasses.replace(run, process=cosine)):
+        assert convert_dit.says_all(run) and not convert_dit.says_all(other)
     plain = dataclasses.replace(CONFIG, learn_sigma=False)
     run, _ = convert(arrays(plain), "net.n_head=4")
     assert run.process.variance == "fixed_large"

@@ -70,6 +70,16 @@ def test_mmd_by_hand(kernel):
     np.testing.assert_allclose(mmd(x, y, kernel, median=True), by_hand(x, y, kernel), rtol=1e-5)
 
 
+def test_mmd_of_features_that_are_nearly_equal():
+    """As of a new net: a step must not be lost to 0 / 0, nor to a gradient beyond float32."""
+    noise = np.random.default_rng(0).normal(size=(2, 4, 32))
+    near, nearer, same = (1 + scale * noise for scale in (1e-3, 1e-7, 0))
+    np.testing.assert_allclose(mmd(*near, "rbf", median=True), by_hand(*near, "rbf"), rtol=1e-3)
+    for x, y in (nearer, same, 0 * same):
+        gradient = jax.grad(lambda x, y=y: mmd(x, y, "rbf", median=True))(jnp.float32(x))
+        assert float(jnp.abs(gradient).max()) < 1
+
+
 @pytest.mark.parametrize(
     "process",
     [

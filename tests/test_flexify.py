@@ -192,6 +192,9 @@ def test_a_file_and_a_run_again(source, variant, tmp_path, capsys):
         assert main(["convert", *bare, "--out", str(tmp_path / "x"), *more]) == 2
         assert "do not tell net.base.patch_size; give it" in capsys.readouterr().err
         more += ["net.base.patch_size=2"]
+    else:
+        assert main(["convert", *bare, "--out", str(tmp_path / "x")]) == 2
+        assert "do not tell net.base.n_head" in capsys.readouterr().err
     out = tmp_path / "told"
     assert main(["convert", *bare, "--out", str(out), "--layout", "flexisit", *more]) == 0
     net, own = dataclasses.replace(net, underlying=4 if variant == "shared" else 0), weights(out)

@@ -96,12 +96,13 @@ def test_an_interrupted_run_continues_and_a_finished_one_is_left(images, tmp_pat
 def test_captions_of_a_table(images, tmp_path):
     train = find_image_splits(images)["train"]
     names = [f"train/{'ab'[i % 2]}/{i}.png" for i in range(7)]
-    rows = [{"file": n, "caption": f'the "{n}", of two'} for n in names]
+    rows = [{"file": n, "caption": f'the "{n}",\u2028of two'} for n in names]
     jsonl, table = tmp_path / "c.jsonl", tmp_path / "c.csv"
-    jsonl.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+    jsonl.write_text("".join(lines), encoding="utf-8")
     quoted = lambda text: '"' + text.replace('"', '""') + '"'
     lines = [f"{row['file']},{quoted(row['caption'])}" for row in rows]
-    table.write_text("\n".join(["file,caption", *lines]))
+    table.write_text("\n".join(["file,caption", *lines]), encoding="utf-8-sig")
     got = read_captions(train, images.path, jsonl)
     assert sorted(got) == sorted((row["caption"],) for row in rows)
     assert read_captions(train, images.path, table) == got
@@ -116,6 +117,8 @@ def test_captions_of_a_table(images, tmp_path):
     jsonl.write_text('{"file": "x"}')
     with pytest.raises(UserError, match="KeyError.*every row needs file and caption"):
         read_captions(train, images.path, jsonl)
+    with pytest.raises(UserError, match="name a .jsonl or .csv file with --captions"):
+        read_captions(train, images.path, tmp_path / "none.csv")
 
 
 def test_refusals(images, tmp_path):
@@ -191,3 +194,5 @@ def test_command(images, tmp_path, monkeypatch, capsys):
     prepare.run_command(parser.parse_args(words))
     assert "net.context_dim=2 net.context_length=6" in capsys.readouterr().out
     assert len(TextFeatures(tmp_path / "out", "train")) == 7
+    with pytest.raises(UserError, match="IMAGES='nowhere' does not exist"):
+        prepare.run_command(parser.parse_args(["text", "nowhere", *words[2:]]))

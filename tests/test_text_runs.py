@@ -195,6 +195,7 @@ def test_eval_gives_the_clip_score_of_what_was_drawn(cli, whole, copy, root):
     score = clip_score(load_clip(root / "clip"), loaded.generate(wanted), list(wanted.prompts))
     assert float(found["clip_score"]) == pytest.approx(score.score, rel=1e-4)
     assert "clip_score: 4 pairs, images seen at 8x8" in out
+    assert found["num_images"] == "4" and "no images were judged" not in out
     note = lambda *o: image_figures(loaded, apply_overrides(run, o), "validation")["notes"][-1]
     assert "no CLIP weights were given" in note("eval.samples=4")
     assert "eval.samples=N eval.clip=DIR" in note()

@@ -74,7 +74,7 @@ def read_arrays(source: str | Path) -> dict[str, np.ndarray]:
 def _locate(source: Path) -> Path:
     """The file or Orbax directory that `source` means."""
     if not source.exists():
-        raise UserError(f"{source} does not exist; name a checkpoint with --from")
+        raise UserError(f"{source} does not exist; name a file or folder of weights")
     if source.is_file():
         return source
     if (source / "config.json").exists() and (source / FOLDER).is_dir():

@@ -40,7 +40,7 @@ class Checkpoints:
         self.folder = (Path(run_dir) / FOLDER).absolute()
         if config is None and not self.folder.is_dir():
             raise UserError(
-                f"{run_dir} holds no checkpoints; train there first or name another --run"
+                f"{run_dir} holds no checkpoints; train there first or name another run"
             )
         options = _read_only() if config is None else _keep(config)
         hosts = options.setdefault("multiprocessing_options", ocp.options.MultiprocessingOptions())

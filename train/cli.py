@@ -274,7 +274,7 @@ def _lines(file: str | None) -> list[str]:
     if file is None:
         return []
     try:
-        lines = Path(file).expanduser().read_text(encoding="utf-8").splitlines()
+        lines = Path(file).expanduser().read_text(encoding="utf-8-sig").split("\n")
     except (OSError, ValueError) as error:
         raise UserError(f"--text-file {file} cannot be read ({error})") from error
     lines = [line.strip() for line in lines if line.strip()]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import shlex
 import shutil
 from collections.abc import Sequence
@@ -19,7 +18,7 @@ from .data.open import open_split
 from .errors import UserError
 from .evaluate import make_evaluator
 from .launch import program
-from .loaded.flexible import mode_costs
+from .loaded.flexible import shown_budget
 from .loop import Result
 from .mesh import check_batch, make_mesh
 from .override import apply_overrides, diff
@@ -137,12 +136,8 @@ def _budget_line(run: Run, command: str) -> list[str]:
     """How to draw with less compute, where the net can."""
     if not isinstance(run.sample, FlexibleSample) or len(run.sample.budgets) > 1:
         return []
-    costs = mode_costs(run.net)
-    least = min(costs.values()) / costs[run.net.powerful]
-    if least == 1:
-        return []
-    budget = 0.6 if least <= 0.6 else math.ceil(least * 100) / 100
-    return [f"  budgets          {command} --budget 1,{budget:g}"]
+    budget = shown_budget(run.net)
+    return [f"  budgets          {command} --budget 1,{budget:g}"] if budget else []
 
 
 def draw(loaded, sample, seed: int) -> list:

@@ -211,6 +211,7 @@ def _check_relations(run: Run) -> None:
         raise UserError(f"net.num_classes={net.num_classes} is out of range; it must be >= 1")
     if isinstance(net, DiTConfig | FlexiDiTConfig):
         check_diffusion(run)
+    _check_classes(run)
     if isinstance(net, VQTokenizerConfig):
         try:
             check_channels(net)
@@ -224,6 +225,17 @@ def _check_relations(run: Run) -> None:
     if isinstance(run.data, CodeData):
         _check_codes(run)
     _check_used(run)
+
+
+def _check_classes(run: Run) -> None:
+    """Refuses samples of classes that the net does not have, before it is trained."""
+    count = getattr(getattr(run.net, "base", run.net), "num_classes", 0)
+    wrong = [c for c in getattr(run.sample, "classes", ()) if not 0 <= c < count]
+    if wrong and count:
+        raise UserError(
+            f"sample.classes: class {wrong[0]} is out of range; this model has classes "
+            f"0..{count - 1}"
+        )
 
 
 def _check_kinds(run: Run) -> None:

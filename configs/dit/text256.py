@@ -3,7 +3,7 @@
 Paper: PixArt-alpha, arXiv 2310.00426, sections 2.3 and 3.1: every block reads 120 tokens of T5-XXL
 by cross-attention. There all blocks share their modulation and the net starts from DiT-XL/2; here
 each has its own, as in DiT, and the net starts anew.
-Cost: 149.3 GFLOPs (multiply-adds) forward per image; features take 1 MB a caption.
+Cost: 149.3 Gmacs (10^9 multiply-adds) forward per image; features take 1 MB a caption.
 Command:
   lintime prepare latents IMAGES --autoencoder sd-vae-ft-ema --out latents
   lintime prepare text IMAGES --encoder t5-v1_1-xxl --length 120 --out text

@@ -197,7 +197,9 @@ def dit_config_from_reference(
         raise ValueError(f"no {PATCH}: this is not the DiT layout, or not all of it")
     width, channels, patch, _ = shape_of(flat, PATCH, 4)
     if not n_head and width not in HEADS:
-        raise ValueError(f"the shapes do not tell net.n_head, nor is d_model={width} published")
+        raise ValueError(
+            f"the shapes do not tell net.n_head, nor is d_model={width} published; give it"
+        )
     blocks = {int(m[1]) for n in flat if (m := re.match(r"blocks\.(\d+)\.", n))}
     if blocks != set(range(len(blocks))) or not blocks:
         raise ValueError(f"blocks {sorted(blocks)} are not numbered from 0 without gaps")

@@ -19,6 +19,7 @@ from .flow import FlowMatching
 from .gaussian import GaussianDiffusion
 
 SIGMAS = (1.0, 2.0, 4.0, 8.0)
+LEAST_MEDIAN = 1e-6
 KERNELS = ("poly3", "rbf")
 FEATURES = ("net", "pixels")
 Span = tuple[float, float]
@@ -239,7 +240,8 @@ def mmd(
 
     Args:
         x, y: [n, d] and [m, d], n and m at least 2. sigmas: of "rbf".
-        median: sigmas count in medians of the distances between features, without gradient.
+        median: sigmas count in medians of the distances between features, without gradient; of
+            squared distances the median is taken to be `LEAST_MEDIAN` |x|^2 at least.
 
     Returns:
         [] float32.
@@ -254,16 +256,20 @@ def mmd(
     x, y = (jnp.asarray(a).astype(jnp.float32) for a in (x, y))
     n, m = len(x), len(y)
     both = jnp.concatenate([x, y])
-    dot = jnp.matmul(both, both.T, precision=lax.Precision.HIGHEST)
+    products = lambda a: jnp.matmul(a, a.T, precision=lax.Precision.HIGHEST)
     if kernel == "poly3":
-        values = (dot / x.shape[-1] + 1) ** 3
+        values = (products(both) / x.shape[-1] + 1) ** 3
     else:
+        size = jnp.mean(jnp.sum(jnp.square(both), axis=-1))
+        both = both - jnp.mean(both, axis=0)  # the same distances, with less rounding
         norms = jnp.sum(jnp.square(both), axis=-1)
-        squared = jnp.maximum(norms[:, None] + norms - 2 * dot, 0)
+        squared = jnp.maximum(norms[:, None] + norms - 2 * products(both), 0)
         unit = 1.0
         if median:
             pairs = lax.stop_gradient(squared)[np.triu_indices(n + m, 1)]
-            unit = jnp.maximum(jnp.median(pairs), jnp.finfo(jnp.float32).tiny)
+            # Features may all be nearly equal: a new net's predictions are.
+            least = LEAST_MEDIAN * lax.stop_gradient(size) + jnp.finfo(jnp.float32).tiny
+            unit = jnp.maximum(jnp.median(pairs), least)
         values = sum(jnp.exp(-squared / (2 * s * s * unit)) for s in sigmas)
     values = jnp.where(jnp.eye(n + m, dtype=bool), 0, values)
     return (

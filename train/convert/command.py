@@ -143,7 +143,14 @@ def run_command(arguments: argparse.Namespace) -> None:
         )
         print(f"{weights} holds the weights in the {layout} layout, "
               f"{hyperparameters} the hyperparameters.")  # fmt: skip
-        if getattr(read_config(source / "config.json").net, "position_offset", 1) == 0:
+        run = read_config(source / "config.json")
+        if isinstance(run.net, DiTConfig | FlexiDiTConfig) and not convert_dit.says_all(run):
+            print(
+                "The layout says nothing of process and data, and these are not the published "
+                f"ones. Back here:\n  lintime convert --from {weights} "
+                f"--config {source / 'config.json'} --out DIR"
+            )
+        if getattr(run.net, "position_offset", 1) == 0:
             print(
                 "The layout cannot say net.position_offset=0: the published code samples as if it "
                 "were 1, and to read it back here takes convert ... net.position_offset=0"

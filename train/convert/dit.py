@@ -79,6 +79,16 @@ def _net(flat, reference, overrides) -> DiTConfig:
     return layout_of.dit_config_from_reference(flat, **told(overrides, "net.", TOLD))
 
 
+def says_all(run: Run) -> bool:
+    """Whether what is read back from the layout, without `run`'s config and without options,
+    predicts what `run` does, and latents of the published autoencoder."""
+    demo = demo_run(run.net if isinstance(run.net, DiTConfig) else run.net.base, "dit")
+    process = vars(demo.process).items()
+    same = all(getattr(run.process, name, None) == value for name, value in process)
+    latents = isinstance(run.data, LatentData)
+    return same and latents and run.data.scaling_factor == demo.data.scaling_factor
+
+
 def told(overrides: Sequence[str], prefix: str, names: Sequence[str]) -> dict[str, Any]:
     """{name: value} of those `names` of a `DiTConfig` that overrides `prefix`name=value give."""
     given = {o.partition("=")[0].strip(): o.partition("=")[2] for o in overrides}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -61,7 +62,9 @@ def to_run(
     except UserError:
         raise
     except ValueError as error:
-        raise UserError(f"{source}: {error}") from error
+        # of the base, as what is told about a DiT
+        text = re.sub(r"\bnet\.(?!base\.)(?=\w+_(head|size)\b)", "net.base.", str(error))
+        raise UserError(f"{source}: {text}") from error
 
 
 def from_run(

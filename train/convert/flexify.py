@@ -12,11 +12,12 @@ import numpy as np
 
 from ...model.layers.patches import Patch, patch_name
 from ...model.nets.dit import DiT, DiTConfig
-from ...model.nets.flexidit import FlexiDiTConfig, flexify, mode_flops
+from ...model.nets.flexidit import FlexiDiTConfig, flexify
 from ..arrays import config_beside, must_be_new, read_arrays, read_hyperparameters
 from ..checkpoint import FOLDER, restore_inference, save_inference
 from ..config_files import read_config, save_config
 from ..errors import UserError
+from ..loaded.flexible import mode_costs, shown_budget
 from ..override import apply_overrides
 from ..schema import Run
 from ..tasks.flexible import flexible_run, split_base
@@ -67,20 +68,20 @@ def run_command(arguments: argparse.Namespace) -> None:
     )  # fmt: skip
     net, out = run.net, arguments.out
     print(f"{out} holds the FlexiDiT; patch size {patch_name(net.powerful)} is the DiT as it was.")
-    if net.base.mixer == "attention":
-        costs = mode_flops(net)
-        for patch, cost in costs.items():
-            print(
-                f"  patch size {patch_name(patch)}: {cost / 1e9:.4g} Gmacs per image and step, "
-                f"{cost / costs[net.powerful]:.1%}"
-            )
+    costs, what = mode_costs(net), "video" if net.base.frames else "image"
+    for patch, cost in costs.items():
+        print(
+            f"  patch size {patch_name(patch)}: {cost / 1e9:.4g} Gmacs per {what} and step, "
+            f"{cost / costs[net.powerful]:.1%}"
+        )
     others = ", ".join(map(patch_name, net.others))
     if others:
         print(
             f"Patch size {others} has learned nothing yet. Fine-tune, then draw at a budget:\n"
-            f"  lintime train CONFIG init_from={out}\n"
-            f"  lintime sample --run {out} sample.budgets=1,0.6"
+            f"  lintime train CONFIG init_from={out}"
         )
+        if budget := shown_budget(net):
+            print(f"  lintime sample --run {out} --budget 1,{budget:g}")
 
 
 def parse_sizes(text: str) -> tuple[Patch, ...]:

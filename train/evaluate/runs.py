@@ -69,6 +69,8 @@ def image_figures(loaded, run: Run, split: str, seed: int = 0) -> dict[str, Any]
         collections.deque(images, maxlen=0)  # nobody has asked for them without Inception
         score = meter.score()
         figures |= {"clip_score": score.score}
+        if inception is None:  # who judged is said below
+            figures |= {"num_images": score.count, "protocol": ""}
         figures["notes"].append(
             f"clip_score: {score.count:,} pairs, images seen at {score.size}x{score.size}, CLIP "
             f"{score.clip[:12]}"

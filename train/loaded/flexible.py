@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 
 import jax
 
+from ...model.layers.patches import Patch
 from ...model.nets.dit import DiT, DiTConfig
 from ...model.nets.flexidit import (
     FlexiDiTConfig,
@@ -115,8 +117,16 @@ def flexible_flops(config: FlexiDiTConfig, s: FlexibleSample, budget: float) -> 
     return (2 if s.method == "heun" else 1) * total
 
 
+def shown_budget(config: FlexiDiTConfig) -> float | None:
+    """A budget below 1 to propose: 0.6, or the least if that is more; None where there is none."""
+    costs = mode_costs(config)
+    least = costs[config.weak] / costs[config.powerful]
+    budget = max(0.6, math.ceil(least * 100) / 100)
+    return budget if budget < 1 else None
+
+
 @functools.lru_cache(maxsize=8)
-def mode_costs(config: FlexiDiTConfig) -> dict[int, float]:
+def mode_costs(config: FlexiDiTConfig) -> dict[Patch, float]:
     """{patch: multiply-adds (half the FLOPs) of a prediction}: DiT's formula, or counted where the
     mixer is another than attention."""
     if config.base.mixer == "attention":

@@ -56,8 +56,9 @@ def load(
         step: checkpoint to load; the newest unless given.
         ema: prefer the moving average of the weights where the run keeps one.
         precision: in which to compute, if not as in training.
-        options: of the kind of run: `vocab` for text, `tokenizer` for images; where that file or
-            run is now, if not where the config says.
+        options: of the kind of run: `vocab` of text, `tokenizer` of images from codes,
+            `autoencoder` and `text_encoder` of diffusion; where that is now, if not where the
+            config says.
 
     Raises:
         UserError: no such directory, not a run, no checkpoint, or one that is damaged or of

@@ -52,7 +52,8 @@ class TextReader:
         if given.fingerprint != wanted or given.width != self.config.context_dim:
             raise UserError(
                 f"{given.path} is not the text encoder whose features {path} was trained on "
-                f"(fingerprint {wanted[:12]}, this one has {given.fingerprint[:12]})"
+                f"(fingerprint {wanted[:12]}, this one has {given.fingerprint[:12]}); name that "
+                "one with --text-encoder DIR (data.text_encoder)"
             )
         if given.length != self.config.context_length:
             raise UserError(

@@ -61,7 +61,11 @@ def wanted_texts(
     if len(classes) != (count if config.num_classes else 0):
         raise UserError(
             f"{len(classes)} classes for {count} texts: this net has {config.num_classes} classes "
-            + ("besides its texts; give one for each" if config.num_classes else "; leave them out")
+            + (
+                "besides its texts; give one for each (sample.classes)"
+                if config.num_classes
+                else "; leave them out"
+            )
         )
     ids = wanted_classes(classes, config.num_classes).classes
     ids = ids if len(ids) else np.zeros(count, np.int32)

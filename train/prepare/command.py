@@ -19,7 +19,7 @@ from ..data.crops import FILTERS, VIEWS
 from ..data.image_dataset import check_config
 from ..data.image_sources import find_image_splits
 from ..data.latents import LatentsInfo
-from ..errors import UserError
+from ..errors import UserError, told_as
 from ..schema import CodeData, ImageData
 from .encode import encode_images
 
@@ -268,7 +268,12 @@ def _common(parser: argparse.ArgumentParser) -> None:
 
 
 def run_command(arguments: argparse.Namespace) -> None:
-    """`lintime prepare`: encodes the images and says what to do next."""
+    """`lintime prepare`: encodes the images or their captions and says what to do next."""
+    with told_as((r"^data\.path=", "IMAGES=")):
+        _run(arguments)
+
+
+def _run(arguments: argparse.Namespace) -> None:
     if arguments.what == "text":
         from . import text as prepare_text
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import csv
 import hashlib
+import io
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -51,7 +52,7 @@ def read_captions(images, root: str | Path, table: str | Path = "") -> list[tupl
     for name in names:
         file = Path(name).with_suffix(".txt")
         try:
-            lines = file.read_text(encoding="utf-8").splitlines()
+            lines = file.read_text(encoding="utf-8-sig").split("\n")
         except (OSError, ValueError) as error:
             raise UserError(
                 f"no caption for {name}: cannot read {file} ({error}); write it there, or name a "
@@ -72,18 +73,22 @@ def _read_table(path: Path) -> dict[str, tuple[str, ...]]:
         UserError: not there, of another kind, or a row without both.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # spreadsheets mark their files
         if path.suffix == ".jsonl":
-            rows = [json.loads(line) for line in text.splitlines() if line.strip()]
+            rows = [json.loads(line) for line in text.split("\n") if line.strip()]
         elif path.suffix == ".csv":
-            rows = list(csv.DictReader(text.splitlines(keepends=True)))
+            rows = list(csv.DictReader(io.StringIO(text, newline="")))
         else:
             raise UserError(f"{path}: captions come from a .jsonl or .csv file")
         found: dict[str, tuple[str, ...]] = {}
         for row in rows:
             found[row["file"]] = (*found.get(row["file"], ()), row["caption"].strip())
         return found
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except OSError as error:
+        raise UserError(
+            f"cannot read {path} ({error}); name a .jsonl or .csv file with --captions"
+        ) from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"cannot read captions from {path} ({type(error).__name__}: {error}); every row needs "
             "file and caption"
