@@ -304,7 +304,7 @@ def test_mistakes_of_budgets_are_one_line(cli, copy, dit):
     assert "a budget of 1.5 is not possible" in sample("--budget", "1.5")
     assert "sample.budgets: expected" in sample("--budget", "much")
     assert "sample.budgets is empty" in sample("sample.budgets=")
-    assert "no mode of patch size 8; there are 2, 4" in sample("sample.weak=8")
+    assert "sample.weak=8 is none of net.patch_sizes=2, 4" in sample("sample.weak=8")
     assert "choose one of cfg, weak_uncond, weak_cond" in sample("sample.guide=strong")
     assert "sample.npz=true would be ignored" in sample("--budget", "1,0.6", "sample.npz=true")
     line = cli.refused("eval", "--run", copy, "eval.samples=4", "sample.budgets=1,0.6")

@@ -185,6 +185,12 @@ def test_a_file_and_a_run_again(source, variant, tmp_path, capsys):
     jax.tree.map(np.testing.assert_array_equal, after, before)
     process = read_config(tmp_path / "again/config.json").process
     assert process == read_config(flexi / "config.json").process
+    # as one file, with its JSON beside it
+    one = tmp_path / "one.safetensors"
+    assert main(["convert", "--run", str(flexi), "--to", "safetensors", "--out", str(one)]) == 0
+    assert main(["convert", "--from", str(one), "--out", str(tmp_path / "third")]) == 0
+    assert weights(tmp_path / "third")[0] == net
+    capsys.readouterr()
     # without the config.json
     bare, more = ["--from", str(files / "model.safetensors")], ["net.base.n_head=2"]
     (files / "config.json").unlink()

@@ -169,9 +169,14 @@ def _package(name: str):
 
 
 def config_beside(source: str | Path) -> Path | None:
-    """The `config.json` in the folder of a checkpoint, if there is one."""
-    folder = Path(source) if Path(source).is_dir() else Path(source).parent
-    return folder / "config.json" if (folder / "config.json").is_file() else None
+    """FILE.json beside a checkpoint FILE.safetensors, or the `config.json` in its folder, if there
+    is one."""
+    source = Path(source)
+    folder = source if source.is_dir() else source.parent
+    places = {source.with_suffix(".json"), folder / "config.json"} - {source}
+    return next(
+        filter(Path.is_file, sorted(places, key=lambda place: place.stem == "config")), None
+    )
 
 
 def read_hyperparameters(path: str | Path) -> tuple[Run | None, dict | None]:

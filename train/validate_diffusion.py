@@ -43,6 +43,7 @@ def check_diffusion(run: Run) -> None:
         dit.make_mixer(net, parent=None)
         if flexible:
             check_config(run.net)
+            _check_weak(run)
             _check_objectives(run)
             _check_trained_times(run)
         _check_null_class(run, net, at)
@@ -63,6 +64,13 @@ def check_diffusion(run: Run) -> None:
             f"{net.input_size} and {net.in_channels}; set {at}.input_size={run.data.size} "
             f"{at}.in_channels=3"
         )
+
+
+def _check_weak(run: Run) -> None:
+    weak, sizes = run.sample.weak, run.net.patch_sizes
+    if weak and weak not in sizes:
+        named = ", ".join(patch_name(size) for size in sizes)
+        raise UserError(f"sample.weak={patch_name(weak)} is none of net.patch_sizes={named}")
 
 
 def _check_objectives(run: Run) -> None:
