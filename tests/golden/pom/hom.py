@@ -1,0 +1,92 @@
+"""Families hom (the layer of 2024 with all masks) and hom_stream."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lintime.model.convert.dih import mixer_from_reference
+from lintime.model.mixers.aggregation import block_causal_mask
+from lintime.model.mixers.hom import HigherOrderMixer
+
+from ..compare import Report
+from ..manifest import Case
+from ..quick import quick_jit
+
+
+def layer_and_params(case: Case) -> tuple[HigherOrderMixer, dict]:
+    """The layer of a case and its parameters."""
+    c = case.config
+    layer = HigherOrderMixer(c["dim"], c["order"], c["order_expand"], c.get("bias", True))
+    return layer, jax.tree.map(jnp.asarray, mixer_from_reference(case.params))
+
+
+def hom(report: Report) -> None:
+    """Output, aggregated products, and all gradients."""
+    case = report.case
+    layer, params = layer_and_params(case)
+    x, cross = report.input("in_xq"), "in_xc" in report
+    context = report.input("in_xc") if cross else None
+    mask = report.input("in_mask") if "in_mask" in report else case.config.get("mask")
+    mask = mask if isinstance(mask, np.ndarray) or mask == "causal" else None
+    cotangent = report.input("ct_y") if "ct_y" in report else np.ones_like(x)
+
+    def objective(params, x, context):
+        told = {"context": context, "context_mask": mask} if cross else {"mask": mask}
+        (y, _), seen = layer.apply({"params": params}, x, **told, mutable=["intermediates"])
+        return jnp.sum(y * cotangent), (y, seen["intermediates"]["aggregated"][0])
+
+    run = quick_jit(jax.value_and_grad(objective, argnums=(0, 1, 2)[: 2 + cross], has_aux=True))
+    (_, (y, rows)), (gradient, *inputs) = run(params, x, context)
+    report.check("mid_agg", rows)
+    report.check("out_y", y)
+    for name, got in zip(("grad_in_xq", "grad_in_xc"), inputs):
+        report.check(name, got)
+    report.check_params("gp.", gradient, mixer_from_reference)
+    if mask is not None and not isinstance(mask, str) and mask.ndim == 3 and not cross:
+        check_frames(report, layer, params, mask)
+
+
+def check_frames(report: Report, layer, params, mask: np.ndarray) -> None:
+    """The linear form of a mask that is block-causal."""
+    frames = frames_of(mask)
+    if frames:
+        y, _ = layer.apply({"params": params}, report.input("in_xq"), frames=frames)
+        report.check("out_y", y, how="linear form")
+
+
+def frames_of(mask: np.ndarray) -> tuple[int, ...]:
+    """Lengths of the frames of a block-causal mask [.., N, N]; () for another."""
+    mask = mask.reshape(-1, *mask.shape[-2:])
+    if (mask != mask[:1]).any():
+        return ()
+    seen = mask[0].sum(axis=1).astype(int)
+    lengths = np.diff(np.unique(seen), prepend=0)
+    fits = lengths.sum() == len(seen) and np.array_equal(block_causal_mask(lengths)[0], mask[0])
+    return tuple(int(n) for n in lengths) if fits else ()
+
+
+def hom_stream(report: Report) -> None:
+    """Chunk by chunk, and at once by the mask; and by the published count of chunks."""
+    layer, params = layer_and_params(report.case)
+    x, lengths = report.input("in_x"), report.input("in_chunk_lens").tolist()
+    ends = np.cumsum(lengths)[:-1]
+
+    def stream(count_chunks: bool):
+        state, found = layer.init_state(len(x)), []
+        for part in np.split(x, ends, axis=1):
+            y, state = layer.apply(
+                {"params": params}, part, state, count_chunks=count_chunks, method="extend"
+            )
+            found.append(y)
+        return np.concatenate(found, axis=1)
+
+    report.check("out_y_correct", stream(False), how="stream")
+    report.check("out_y_reference", stream(True))
+    for how, told in {
+        "mask": {"mask": jnp.asarray(report.input("in_mask"))[None]},
+        "frames": {"frames": lengths},
+    }.items():
+        y, _ = layer.apply({"params": params}, x, **told)
+        report.check("out_y_correct", y, how=how)
