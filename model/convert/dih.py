@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..nets.dih import DiH, DiHConfig
+from ..nets.dih_block import time_frequencies
 from ..nets.text_video_dih import TextVideoDiH, TextVideoDiHConfig
 from .names import array_module, check_names, check_shapes, count_of, flatten, nest, shape_of
 
@@ -155,9 +156,16 @@ def dih_from_reference(flat: Mapping[str, Any], config: Config) -> dict[str, Any
     return nest(params)
 
 
+def dih_constants(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """The collection "constants" of a file: the frequencies of times as it has them, whose last
+    digit is not everyone's. Nets do without it. {} where the file has none."""
+    return {"t_embedder": {"frequencies": flat[FREQUENCIES]}} if FREQUENCIES in flat else {}
+
+
 def dih_to_reference(params: Mapping[str, Any], config: Config) -> dict[str, Any]:
     """Published names and layouts, `freqs` included; inverse of `dih_from_reference`."""
-    params, flat = flatten(params), {FREQUENCIES: np.float32(_frequencies(config))}
+    frequencies = time_frequencies(config.d_model, config.timesteps)
+    params, flat = flatten(params), {FREQUENCIES: np.float32(frequencies)}
     if not _is_video(config):
         p = config.patch_size
         kernel = params["x_embedder/kernel"].reshape(p, p, config.in_channels, config.d_model)
@@ -186,15 +194,9 @@ def _learned(config: DiHConfig) -> tuple[str, ...]:
     return ("positions", "condition_positions", *(["registers"] if config.registers else []))
 
 
-def _frequencies(config: Config) -> np.ndarray:
-    """Of the time features: float64 [D/2]."""
-    width = config.d_model
-    return float(config.timesteps) ** (-np.arange(0, width, 2, dtype=np.float64) / width)
-
-
 def _check_frequencies(given: Any, config: Config) -> None:
     """Raises ValueError unless `freqs` is what the net computes."""
-    expected = _frequencies(config)
+    expected = time_frequencies(config.d_model, config.timesteps)
     if tuple(given.shape) != expected.shape:
         raise ValueError(f"freqs has shape {tuple(given.shape)}, expected {expected.shape}")
     if not isinstance(given, np.ndarray):

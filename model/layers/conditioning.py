@@ -121,16 +121,16 @@ def _sum_to(x: Array, like: Array) -> Array:
     return jnp.sum(x, axis=axes, keepdims=True).astype(like.dtype)
 
 
-def timestep_features(t: Array, width: int = 256, base: float = 10000.0) -> Array:
-    """[cos(t f_0) .., sin(t f_0) ..] with f_i = base^(-2i/w) (DiT, arXiv 2212.09748, section 3.2).
+def timestep_features(t: Array, width: int = 256) -> Array:
+    """[cos(t f_0) .., sin(t f_0) ..] with f_i = 10000^(-2i/w) (DiT, arXiv 2212.09748, section 3.2).
 
     Args:
-        t: [B] int or float, in the units of the process. width: w, even. base: of the frequencies.
+        t: [B] int or float, in the units of the process. width: w, even.
 
     Returns:
         [B, w] in at least float32, the cosines first.
     """
-    frequencies = base ** (-np.arange(0, width, 2, dtype=np.float64) / width)
+    frequencies = 10000.0 ** (-np.arange(0, width, 2, dtype=np.float64) / width)
     t = t.astype(jnp.promote_types(t.dtype, jnp.float32))
     angles = t[:, None] * jnp.asarray(frequencies, t.dtype)
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)

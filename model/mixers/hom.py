@@ -10,23 +10,23 @@ and a stream needs the mean and a count only.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
 from jax import Array
 
+from ...kernels_pallas.poly_mix import (
+    PolyState,
+    aggregate,
+    init_state,
+    merge_states,
+    repeat_frames,
+)
+from ...kernels_pallas.time_axis import valid_mask
 from ..layers.parted_dense import PartedDense
 from ..partition import constrain
-from .aggregation import (
-    Frames,
-    Mask,
-    MeanState,
-    aggregate,
-    extend_mean,
-    init_mean,
-    rows_of_tokens,
-)
 
 
 def running_products(parts: tuple[Array, ...]) -> Array:
@@ -49,6 +49,7 @@ class HigherOrderMixer(nn.Module):
         features: width d of the input and output.
         degree: k, factors of the longest product. expand: e, width of a factor in units of d.
         use_bias: of the projections.
+        causal: token t sees the tokens up to t.
         dtype: of the matmuls; products and means are at least float32.
 
     Raises:
@@ -59,6 +60,7 @@ class HigherOrderMixer(nn.Module):
     degree: int = 2
     expand: int = 2
     use_bias: bool = True
+    causal: bool = False
     dtype: jnp.dtype = jnp.float32
 
     def setup(self):
@@ -80,86 +82,112 @@ class HigherOrderMixer(nn.Module):
         x: Array,
         *,
         context: Array | None = None,
-        context_mask: Mask = None,
+        context_mask: Array | None = None,
         positions: None = None,
-        mask: Mask = None,
-        segment_ids: None = None,
-        frames: Frames | None = None,
+        mask: Array | None = None,
+        segment_ids: Array | None = None,
+        frames: Sequence[int] | None = None,
+        query_mask: Array | None = None,
     ) -> tuple[Array, dict[str, Any]]:
         """Mix whole rows.
 
         Args:
-            x: [B, T, d], finite.
-            context: [B, N, d]: the tokens that are mixed in, instead of x.
-            context_mask: who of the context is seen, see `aggregate`: weights [B, N], or [B or 1,
-                T or 1, N]. A row of zeros sees nothing, and its y is ag_proj's bias.
-            mask: who of x is seen, without a context: the same, or "causal".
-            frames: block-causal mixing of x; see `aggregate`.
-            positions, segment_ids: of the mixer contract; this mixer takes none.
+            x: [B, T, d] queries, and tokens too unless a context is given.
+            context: [B, N, d] tokens instead of x.
+            context_mask, mask: [B, N] weights of the tokens of the context, of x: bool, integer or
+                float, 0 for padding. Queries of weight 0 are answered like the others.
+            segment_ids: [B, T] document ids; tokens see their document. At quadratic cost.
+            frames: lengths of the frames in which the tokens of x come: block-causal mixing, frame
+                f sees the frames up to f.
+            query_mask: [B, T, N] or [1, T, N] weight of each token for each query, instead of all
+                other masks. At quadratic cost.
+            positions: of the mixer contract; this mixer takes none.
 
         Returns:
-            y [B, T, d] in `dtype`, and {} (no auxiliary losses).
+            y [B, T, d] in `dtype`, and {} (no auxiliary losses). A query that sees nothing gets the
+            bias alone.
 
         Raises:
-            ValueError: arguments that this mixer does not take, that do not belong together, or
-                have wrong shapes.
+            ValueError: positions, or arguments that do not belong together.
         """
-        if positions is not None or segment_ids is not None:
-            raise ValueError("HigherOrderMixer has no positions, and takes no segment_ids")
+        if positions is not None:
+            raise ValueError("HigherOrderMixer has no positions: add them to its input")
         if context is None and context_mask is not None:
             raise ValueError("context_mask without a context")
-        if context is not None and (mask is not None or frames is not None):
-            raise ValueError("mask and frames say nothing about a context; give a context_mask")
+        if context is not None and (mask is not None or segment_ids is not None):
+            raise ValueError("mask and segment_ids say nothing about a context")
+        if context is not None and (frames is not None or self.causal):
+            raise ValueError("frames and causal say nothing about a context; give a query_mask")
+        weights, causal = mask if context is None else context_mask, self.causal
+        if segment_ids is not None:
+            query_mask = segment_ids[:, :, None] == segment_ids[:, None, :]
+            query_mask = jnp.tril(query_mask) if causal else query_mask
+            query_mask = query_mask if weights is None else query_mask * weights[:, None]
+            weights, causal = None, False
         x = constrain(x, "batch", "seq", None)
-        seen = context_mask if context is not None else mask
-        rows = aggregate(
-            self._products(x if context is None else context, seen), seen, frames=frames
+        p = self._products(x if context is None else context, weights)
+        rows, _ = aggregate(
+            p, weights=weights, causal=causal, frames=frames, query_weights=query_mask
         )
         self.sow("intermediates", "aggregated", rows)
-        return self._select(x, rows_of_tokens(rows, x.shape[1], frames)), {}
+        return self._select(x, rows, frames), {}
 
-    def init_state(self, batch: int) -> MeanState:
-        """The state of a stream that has seen nothing: [B, 1, k e d] and [B], float32."""
-        return init_mean(batch, self.width)
+    @nn.nowrap
+    def init_state(self, batch: int, dtype=None, max_length: int | None = None) -> PolyState:
+        """The state of a stream that has seen nothing: mean [B, k e d] and count [B], float32 (or
+        float64, if `dtype` is), of the same size whatever comes."""
+        del max_length
+        dtype = self.dtype if dtype is None else dtype
+        return init_state(batch, self.width, jnp.promote_types(dtype, jnp.float32))
 
     def extend(
         self,
         x: Array,
-        state: MeanState,
+        state: PolyState,
         *,
         mask: Array | None = None,
-        count_chunks: bool = False,
-    ) -> tuple[Array, MeanState]:
-        """The next tokens of a stream: each sees all of them, and all before.
+        lengths: Array | None = None,
+        frames: Sequence[int] | None = None,
+        count_pieces: bool = False,
+    ) -> tuple[Array, PolyState, dict[str, Any]]:
+        """Continue from `state` with a piece x [B, T, d]: y, the new state, {}.
 
-        Extending by the frames of a video one after another equals a call with `frames`; by single
-        tokens, one with mask="causal".
+        Every query sees all of the piece and what was before it, as by the mask of blocks that are
+        the pieces, whatever their lengths; or, if `causal`, the tokens up to its own; or what
+        `frames` say.
 
         Args:
-            x: [B, T, d], any T. state: of `init_state`, or of the tokens before.
-            mask: [B, T] weights of these tokens.
-            count_chunks: the published rule, which counts chunks instead of tokens; right for
-                chunks of one length only.
-
-        Returns:
-            y [B, T, d] in `dtype`, and the new state.
+            mask, frames: as for a call.
+            lengths: [B] int32 valid tokens of x, the rest is padding on the right.
+            count_pieces: the published rule, by which a piece counts as one token whatever its
+                length: right for pieces of one length only.
         """
-        state = extend_mean(state, self._products(x, mask), mask, count_chunks=count_chunks)
-        return self._select(x, state.mean), state
+        weights = mask
+        if lengths is not None:
+            valid = valid_mask(lengths, x.shape[1])
+            weights = valid if weights is None else jnp.where(valid, weights, 0)
+        p = self._products(x, weights)
+        if count_pieces:
+            _, own = aggregate(p, weights=weights)
+            state = merge_states(state, PolyState(own.mean, jnp.ones_like(own.count)))
+            return self._select(x, state.mean[:, None], None), state, {}
+        rows, state = aggregate(p, weights=weights, causal=self.causal, frames=frames, state=state)
+        return self._select(x, rows, frames), state, {}
 
-    def step(self, x: Array, state: MeanState) -> tuple[Array, MeanState]:
-        """`extend` by one token x [B, d]: y [B, d] and the new state."""
-        y, state = self.extend(x[:, None], state)
+    def step(self, x_t: Array, state: PolyState) -> tuple[Array, PolyState]:
+        """One token x_t [B, d]: y_t [B, d] and the new state."""
+        y, state, _ = self.extend(x_t[:, None], state)
         return y[:, 0], state
 
-    def _products(self, tokens: Array, mask: Mask) -> Array:
-        """[B, N, k e d]; what a mask [B, N] hides is 0 before it can spoil a gradient."""
-        if mask is not None and not isinstance(mask, str) and jnp.ndim(mask) == 2:
-            tokens = jnp.where((mask != 0)[..., None], tokens, 0)
+    def _products(self, tokens: Array, weights: Array | None) -> Array:
+        """[B, N, k e d]; what has no weight is 0 before it can spoil a gradient."""
+        if weights is not None:
+            tokens = jnp.where((weights != 0)[..., None], tokens, 0)
         return running_products(self.ho_proj(tokens))
 
-    def _select(self, x: Array, rows: Array) -> Array:
-        """W_o of the gated rows [B, 1 or T, k e d]."""
+    def _select(self, x: Array, rows: Array, frames: Sequence[int] | None) -> Array:
+        """W_o of the gated rows [B, 1, T or number of frames, k e d]."""
+        rows = rows if frames is None else repeat_frames(rows, frames)
         gate = nn.sigmoid(self.se_proj(x).astype(rows.dtype))
         gate = constrain(gate, "batch", "seq", "features")
         return constrain(self.ag_proj((gate * rows).astype(self.dtype)), "batch", "seq", None)

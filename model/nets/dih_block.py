@@ -7,10 +7,11 @@ from typing import Any, Protocol
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from ...kernels_pallas.matmul import matmul
-from ..layers.conditioning import gated_add, modulated_layer_norm, timestep_features
+from ..layers.conditioning import gated_add, modulated_layer_norm
 from ..layers.mlp import GeluMLP
 from ..mixers.full_attention import FullAttention
 from ..mixers.hom import HigherOrderMixer
@@ -31,12 +32,20 @@ class BlockConfig(Protocol):
     n_head: int
 
 
+def time_frequencies(width: int, timesteps: int) -> np.ndarray:
+    """T^(-2 i / d), i = 0 .. d/2 - 1, of times 0..T: float64."""
+    return float(timesteps) ** (-np.arange(0, width, 2, dtype=np.float64) / width)
+
+
 class DiHTimeEmbedder(nn.Module):
-    """W2 silu(W1 features(t)) with biases, hidden width 4 d, in at least float32.
+    """W2 silu(W1 [cos(t f), sin(t f)]) with biases, hidden width 4 d, in at least float32.
+
+    The collection "constants", if given, has the frequencies f [d/2] to take, e.g. those of a
+    published file: a rounding of them is 3e-5 in the angles of t = 1000.
 
     Attributes:
         features: d, which is also the number of features of t.
-        timesteps: base of their frequencies timesteps^(-2 i / d).
+        timesteps: T of `time_frequencies`.
     """
 
     features: int
@@ -46,7 +55,12 @@ class DiHTimeEmbedder(nn.Module):
     def __call__(self, t: Array) -> Array:
         """[B, d] of t [B] in 0..timesteps."""
         dense = lambda n, name: nn.Dense(n, kernel_init=nn.initializers.normal(0.02), name=name)
-        h = timestep_features(t, self.features, float(self.timesteps))
+        frequencies = time_frequencies(self.features, self.timesteps)
+        if self.has_variable("constants", "frequencies"):
+            frequencies = self.get_variable("constants", "frequencies")
+        t = t.astype(jnp.promote_types(t.dtype, jnp.float32))
+        angles = t[:, None] * jnp.asarray(frequencies, t.dtype)
+        h = jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
         self.sow("intermediates", "features", h)
         return dense(self.features, "fc2")(nn.silu(dense(4 * self.features, "fc1")(h)))
 
@@ -129,9 +143,10 @@ class DiHBlock(nn.Module):
         if not hom:
             y, _ = FullAttention(k.d_model, k.n_head, self.dtype, name="attn")(h)
         elif state is not None:
-            y, state = mixer("hom").extend(h, state)
+            y, state, _ = mixer("hom").extend(h, state)
         else:
-            frames = r.shape[1] // self.frame_tokens if self.frame_tokens else None
+            size = self.frame_tokens
+            frames = (size,) * (r.shape[1] // size) if size else None
             y, _ = mixer("hom")(h, frames=frames)
         self.sow("intermediates", "mixed", y)
         r = add(r, gates[0], y)

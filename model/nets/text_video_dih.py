@@ -17,9 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from ...kernels_pallas.poly_mix import PolyState, init_state
 from ..layers.patches import patchify, unpatchify
 from ..layers.unit_positions import unit_positions, unit_waves
-from ..mixers.aggregation import MeanState, init_mean
 from ..partition import constrain
 from .dih_block import DiHFinal, DiHTimeEmbedder, draw_drop, scanned_blocks
 
@@ -157,10 +157,11 @@ class TextVideoDiH(nn.Module):
         out, _ = self._run(x, t, table, drop, context, context_mask, None)
         return out, {}
 
-    def init_state(self, batch: int) -> MeanState:
-        """Of a stream before its first frame: mean [L, B, 1, k e D] and count [L, B], float32."""
+    @nn.nowrap
+    def init_state(self, batch: int) -> PolyState:
+        """Of a stream before its first frame: mean [L, B, k e D] and count [L, B], float32."""
         c = self.config
-        one = init_mean(batch, c.degree * c.expand * c.d_model)
+        one = init_state(batch, c.degree * c.expand * c.d_model)
         return jax.tree.map(lambda a: jnp.zeros((c.n_layer, *a.shape), a.dtype), one)
 
     def extend(
@@ -168,12 +169,12 @@ class TextVideoDiH(nn.Module):
         x: Array,
         t: Array,
         frame: Array | int,
-        state: MeanState,
+        state: PolyState,
         *,
         drop: Array | None = None,
         context: Array,
         context_mask: Array | None = None,
-    ) -> tuple[Array, MeanState]:
+    ) -> tuple[Array, PolyState]:
         """The next frame of patches of a stream, from it and what blocks remember of the others.
 
         Frame by frame this is the call with block_causal, if `state` comes from the same t, text

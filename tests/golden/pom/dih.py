@@ -1,4 +1,4 @@
-"""Families dih_block, dih, dihpp, dit_baseline (blocks and class-conditional nets) and tables."""
+"""Families dih_block, dih, dihpp, dit_baseline (blocks and class-conditional nets)."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from lintime.model.convert.dih import (
     block_from_reference,
     dih_config_from_fields,
     dih_config_from_reference,
+    dih_constants,
     dih_from_reference,
     dih_to_reference,
 )
-from lintime.model.layers.unit_positions import unit_positions
 from lintime.model.nets.dih import DiH, DiHConfig
 from lintime.model.nets.dih_block import DiHBlock
 from lintime.model.processes import noise_levels
@@ -47,10 +47,15 @@ def config_of(case: Case) -> DiHConfig:
     return config
 
 
-def net_and_params(case: Case) -> tuple[DiH, dict]:
-    """The net of a case and its parameters."""
-    config = config_of(case)
-    return DiH(config), jax.tree.map(jnp.asarray, dih_from_reference(case.params, config))
+def net_and_params(case: Case) -> tuple[DiH, dict, dict]:
+    """The net of a case, its parameters and its constants."""
+    return (DiH(config_of(case)), *variables_of(case, config_of(case)))
+
+
+def variables_of(case: Case, config) -> tuple[dict, dict]:
+    """Parameters and constants of a case."""
+    params = dih_from_reference(case.params, config)
+    return jax.tree.map(jnp.asarray, (params, dih_constants(case.params)))
 
 
 def loader(config) -> Callable[[Mapping], dict]:
@@ -97,12 +102,13 @@ def block(report: Report) -> None:
 def image(report: Report) -> None:
     """Output, both losses, gradients of the first, and what comes on the way."""
     case = report.case
-    net, params = net_and_params(case)
+    net, params, constants = net_and_params(case)
     labels = report.input("in_y").astype(np.int32)
     predict = lambda params, x, t: net.apply(
-        {"params": params}, x, t, labels, mutable=["intermediates"]
+        {"params": params, "constants": constants}, x, t, labels, mutable=["intermediates"]
     )
-    side = net.config.input_size if net.config.positions == "shifted" else 0
+    shifted = net.config.positions == "shifted"  # where levels are rescaled by the image's side
+    side = report.input("in_x0").shape[-1] if shifted else 0
     seen = check_losses(report, params, predict, net.config.timesteps, case.config["noising"], side)
     report.check_params("gp.", seen.pop("gradient"), loader(net.config))
     names = {"mid_time_feat": seen["t_embedder"]["features"], "mid_time_emb": seen["time"]}
@@ -152,24 +158,3 @@ def check_round_trip(report: Report, params, config) -> None:
     for name, array in report.case.params.items():
         if name not in back or not np.allclose(back[name], array, rtol=1e-5, atol=1e-7):
             report.fail(name, "does not come back from a round trip")
-
-
-def tables(report: Report) -> None:
-    """Tables of positions, noise schedules, rescaled time."""
-    grid = lambda name: report.case.arrays[name].shape
-    for name, waves in {"master": "harmonic", "upscale": "shifted"}.items():
-        if f"out_sincos2d_{name}" in report:
-            *sides, d = grid(f"out_sincos2d_{name}")
-            table = unit_positions(d, sides, waves).reshape(*sides, d)
-            report.check(f"out_sincos2d_{name}", table)
-    if "out_sincos3d" in report:
-        *sides, d = grid("out_sincos3d")
-        report.check("out_sincos3d", unit_positions(d, sides).reshape(*sides, d))
-    u = report.input("in_t")
-    for name in report.case.arrays:
-        if name.startswith("out_sched_"):
-            schedule = name.removeprefix("out_sched_").replace("SigmoidScheduler", "late_sigmoid")
-            report.check(name, noise_levels.noise_variance(schedule, u))
-        if name.startswith("out_rescale_t_"):
-            side = int(name.removeprefix("out_rescale_t_"))
-            report.check(name, noise_levels.rescaled_level(u, side))

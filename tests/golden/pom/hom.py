@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from lintime.model.convert.dih import mixer_from_reference
-from lintime.model.mixers.aggregation import block_causal_mask
 from lintime.model.mixers.hom import HigherOrderMixer
 
 from ..compare import Report
@@ -28,13 +29,17 @@ def hom(report: Report) -> None:
     layer, params = layer_and_params(case)
     x, cross = report.input("in_xq"), "in_xc" in report
     context = report.input("in_xc") if cross else None
-    mask = report.input("in_mask") if "in_mask" in report else case.config.get("mask")
-    mask = mask if isinstance(mask, np.ndarray) or mask == "causal" else None
-    cotangent = report.input("ct_y") if "ct_y" in report else np.ones_like(x)
+    kind = str(case.config.get("mask", "none")).startswith("causal")
+    layer = dataclasses.replace(layer, causal=kind and "in_mask" not in report)
+    mask = jnp.asarray(report.input("in_mask")) if "in_mask" in report else None
+    weights = "context_mask" if cross else "mask"
+    told = {} if mask is None else {weights if mask.ndim == 2 else "query_mask": mask}
+    cotangent = report.input("ct_y")
 
     def objective(params, x, context):
-        told = {"context": context, "context_mask": mask} if cross else {"mask": mask}
-        (y, _), seen = layer.apply({"params": params}, x, **told, mutable=["intermediates"])
+        (y, _), seen = layer.apply(
+            {"params": params}, x, context=context, **told, mutable=["intermediates"]
+        )
         return jnp.sum(y * cotangent), (y, seen["intermediates"]["aggregated"][0])
 
     run = quick_jit(jax.value_and_grad(objective, argnums=(0, 1, 2)[: 2 + cross], has_aux=True))
@@ -44,8 +49,8 @@ def hom(report: Report) -> None:
     for name, got in zip(("grad_in_xq", "grad_in_xc"), inputs):
         report.check(name, got)
     report.check_params("gp.", gradient, mixer_from_reference)
-    if mask is not None and not isinstance(mask, str) and mask.ndim == 3 and not cross:
-        check_frames(report, layer, params, mask)
+    if "query_mask" in told and not cross:
+        check_frames(report, layer, params, np.asarray(mask))
 
 
 def check_frames(report: Report, layer, params, mask: np.ndarray) -> None:
@@ -56,6 +61,12 @@ def check_frames(report: Report, layer, params, mask: np.ndarray) -> None:
         report.check("out_y", y, how="linear form")
 
 
+def block_causal(lengths) -> np.ndarray:
+    """[1, N, N] float32: the mask that frames of these lengths mean."""
+    frame = np.repeat(np.arange(len(lengths)), lengths)
+    return np.float32(frame[None, :] <= frame[:, None])[None]
+
+
 def frames_of(mask: np.ndarray) -> tuple[int, ...]:
     """Lengths of the frames of a block-causal mask [.., N, N]; () for another."""
     mask = mask.reshape(-1, *mask.shape[-2:])
@@ -63,7 +74,7 @@ def frames_of(mask: np.ndarray) -> tuple[int, ...]:
         return ()
     seen = mask[0].sum(axis=1).astype(int)
     lengths = np.diff(np.unique(seen), prepend=0)
-    fits = lengths.sum() == len(seen) and np.array_equal(block_causal_mask(lengths)[0], mask[0])
+    fits = lengths.sum() == len(seen) and np.array_equal(block_causal(lengths)[0], mask[0])
     return tuple(int(n) for n in lengths) if fits else ()
 
 
@@ -73,11 +84,11 @@ def hom_stream(report: Report) -> None:
     x, lengths = report.input("in_x"), report.input("in_chunk_lens").tolist()
     ends = np.cumsum(lengths)[:-1]
 
-    def stream(count_chunks: bool):
+    def stream(count_pieces: bool):
         state, found = layer.init_state(len(x)), []
         for part in np.split(x, ends, axis=1):
-            y, state = layer.apply(
-                {"params": params}, part, state, count_chunks=count_chunks, method="extend"
+            y, state, _ = layer.apply(
+                {"params": params}, part, state, count_pieces=count_pieces, method="extend"
             )
             found.append(y)
         return np.concatenate(found, axis=1)
@@ -85,7 +96,7 @@ def hom_stream(report: Report) -> None:
     report.check("out_y_correct", stream(False), how="stream")
     report.check("out_y_reference", stream(True))
     for how, told in {
-        "mask": {"mask": jnp.asarray(report.input("in_mask"))[None]},
+        "mask": {"query_mask": jnp.asarray(report.input("in_mask"))[None]},
         "frames": {"frames": lengths},
     }.items():
         y, _ = layer.apply({"params": params}, x, **told)

@@ -1,0 +1,60 @@
+"""The polynomial mixer by XLA: Horner's rule, one pass each way, sums instead of mask matrices."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from .aggregate import aggregate
+from .operands import Operands
+from .reference import activation
+from .rope import rotate
+
+
+def horner(a: Array, coeff: Array) -> Array:
+    """c_1 + c_2 a + ... + c_k a^(k-1), coeff [E, k]."""
+    value = coeff[:, -1]
+    for j in range(coeff.shape[1] - 2, -1, -1):
+        value = value * a + coeff[:, j]
+    return value
+
+
+@jax.custom_vjp
+def polynomial(h: Array, coeff: Array) -> Array:
+    """sum_j coeff[:, j-1] act(h)^j per channel, in coeff's dtype (arXiv 2604.06129).
+
+    h [B, N, E] and coeff [E, k] vary over the same mesh axes. Only the two are kept for the
+    backward pass, which reads h once and writes dh in its dtype.
+    """
+    a = activation(h.astype(coeff.dtype))
+    return a * horner(a, coeff)
+
+
+def _backward(operands, dp):
+    h, coeff = operands
+    wide = h.astype(coeff.dtype)
+    a = activation(wide)
+    slope = jnp.where(wide < -10, 0, jnp.where(wide < 0, 0.01, jnp.where(wide > 6, 0, 1)))
+    degree = coeff.shape[1]
+    dh = dp * slope * horner(a, coeff * jnp.arange(1, degree + 1, dtype=coeff.dtype))
+    sums, term = [], dp
+    for _ in range(degree):
+        term = term * a
+        sums.append(jnp.sum(term, axis=(0, 1)))
+    return dh.astype(h.dtype), jnp.stack(sums, axis=1)
+
+
+polynomial.defvjp(lambda h, coeff: (polynomial(h, coeff), (h, coeff)), _backward)
+
+
+def poly_mix_xla(operands: Operands, causal: bool, frames, out_dtype):
+    """Rows [B, R, E] in `out_dtype` and the state (None with query_weights) of `poly_mix`."""
+    h, coeff, weights, rotation, state, query_weights = operands
+    p = polynomial(h, coeff)
+    if rotation is not None:
+        p = rotate(p, rotation)
+    rows, last = aggregate(
+        p, weights=weights, causal=causal, frames=frames, query_weights=query_weights, state=state
+    )
+    return rows.astype(out_dtype), last
