@@ -8,6 +8,7 @@ import numpy as np
 from lintime.model.processes.noise_levels import NoiseLevels
 from lintime.model.sampling.diffusion import Segment, make_trajectory
 from lintime.model.sampling.level_solvers import Upscale, iterations, level_solver
+from lintime.model.sampling.video_stream import make_video_stream
 
 from ..compare import Report
 from ..manifest import Case, load_manifest
@@ -109,3 +110,28 @@ def video_sampler(report: Report) -> None:
         seen = run(solver, denoise, start, told, config["cfg"], 0)
         check_steps(report, f"out_traj_{name}", seen["x"])
         check_times(report, case, solver)
+        if net.config.block_causal:
+            check_stream(report, net, variables, solver, start, told, f"out_traj_{name}")
+
+
+def check_stream(report: Report, net, variables, solver, start, told, name: str) -> None:
+    """The last state of a trajectory, frame by frame."""
+    size, weight = net.config.patch_frames, report.case.config["cfg"]
+    extend = lambda _, x, t, told, frame, state: net.apply(
+        variables, x, t, frame, state, method="extend",
+        **{n: a for n, a in told.items() if n != "labels"},
+    )  # fmt: skip
+    stream = make_video_stream(
+        extend, net.init_state, solver, frame_shape=(size, *start.shape[2:]), guided=weight > 0,
+        null_label=0,
+    )  # fmt: skip
+    guidance = 1 + weight if weight > 0 else None
+    step = quick_jit(
+        lambda x, frame, states: stream.frame(None, x, frame, states, told, guidance=guidance)
+    )
+    states, found = stream.init(len(start)), []
+    for frame in range(net.config.grid[0]):
+        x, states = step(start[:, frame * size : (frame + 1) * size], frame, states)
+        found.append(x)
+    last = report.case.arrays[name][-1]
+    report.check(name, dih.second(np.concatenate(found, axis=1)), last, how="frame by frame")
