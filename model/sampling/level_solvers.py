@@ -193,6 +193,9 @@ def _variance_solver(process, method, steps, published, schedule, clip) -> Solve
     numbers["kept"] = np.clip((1 - numbers["now"]) / (1 - numbers["next"]), 0, 1)
     # in float64: where little changes, 1 - kept would lose its digits
     numbers["lost"] = 1 - numbers["kept"]
+    numbers["drawn"] = np.sqrt(numbers["lost"])
+    if not published:
+        numbers["drawn"][-1] = 0  # the last step is its mean
 
     def step(predict, x, at, noise):
         clean, eps = _look(predict, x, at, clip)
@@ -200,7 +203,7 @@ def _variance_solver(process, method, steps, published, schedule, clip) -> Solve
             x = jnp.sqrt(1 - at["next"]) * clean + jnp.sqrt(at["next"]) * eps
         else:
             mean = (x - at["lost"] / jnp.sqrt(at["now"]) * eps) / jnp.sqrt(at["kept"])
-            x = mean + jnp.sqrt(at["lost"]) * noise()
+            x = mean + at["drawn"] * noise()
         return x, {"x_start": clean}
 
     return Solver(numbers, lambda x: x, step)
