@@ -6,10 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 
 from lintime.kernels_pallas import poly_mix as op
-from lintime.kernels_pallas.compat import enable_x64
+from lintime.kernels_pallas.compat import auto_mesh, enable_x64
 from lintime.kernels_pallas.poly_mix import PolyState, poly_mix
+from lintime.kernels_pallas.poly_mix.sharded import poly_mix_sharded
 from lintime.kernels_pallas.time_axis import valid_mask
 
 from .kernel_base import Spec, assert_close, kernel_tests, to_numpy
@@ -238,3 +240,37 @@ def test_block_causal_cost_is_linear():
 def test_mistakes_are_named(change, message):
     with pytest.raises(ValueError, match=message):
         poly_mix(**draw(**change))
+
+
+@pytest.mark.parametrize("form", [{}, {"causal": True}, {"frames": (1, 3)}])
+@pytest.mark.parametrize("plain", [False, True])
+def test_sharded_tokens_equal_one_device(form, plain):
+    """Values and gradients, from a state and with weights, or without either."""
+    inputs = draw(8)
+    before = PolyState(inputs["h"][:, 0], jnp.asarray([3.0, 0.0]))
+    weights, before = (None, None) if plain else (inputs["weights"], before)
+    mesh = auto_mesh((2,), ("time",))
+    cut, whole = P(None, "time"), P()
+    rows = cut if form else whole
+    single = {"frames": form["frames"] * 2} if "frames" in form else form
+
+    def spread_out(h, coeff, weights, state):
+        local = functools.partial(poly_mix_sharded, axis_name="time", **form)
+        run = lambda h, coeff, weights, state: local(h, coeff, weights=weights, state=state)
+        specs = {"in_specs": (cut, whole, cut, whole), "out_specs": (rows, whole)}
+        return jax.shard_map(run, mesh=mesh, check_vma=True, **specs)(h, coeff, weights, state)
+
+    def run(op):
+        def loss(h, coeff, state):
+            rows, last = op(h, coeff, weights, state)
+            return jnp.sum(jnp.sin(rows)) + jnp.sum(last.mean**2), (rows, last)
+
+        moving = (0, 1) if plain else (0, 1, 2)
+        go = jax.jit(jax.grad(loss, moving, has_aux=True))
+        return to_numpy(go(inputs["h"], inputs["coeff"], before))
+
+    want = run(lambda h, c, w, s: poly_mix(h, c, weights=w, state=s, **single))
+    (grads, out), (want_grads, want_out) = run(spread_out), want
+    assert_close(out, want_out, 1e-5, "sharded ")
+    drop = lambda g: g if plain else (*g[:2], g[2].mean)
+    assert_close(drop(grads), drop(want_grads), 1e-5, "sharded gradient ")

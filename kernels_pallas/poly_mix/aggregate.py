@@ -38,11 +38,16 @@ def repeat_frames(rows: Array, frames: Sequence[int]) -> Array:
     return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1)
 
 
-def select_seen(x: Array, weights: Array | None, query_weights: Array | None) -> Array:
-    """x [B, N, E] with 0 for tokens that no query sees: what stands there may be NaN."""
+def seen_tokens(weights: Array | None, query_weights: Array | None) -> Array | None:
+    """[B or 1, N] bool: which tokens any query sees; None for all."""
     if query_weights is not None:
-        weights = jnp.any(query_weights != 0, axis=1)
-    return x if weights is None else jnp.where(spread(weights != 0, x), x, 0)
+        return jnp.any(query_weights != 0, axis=1)
+    return None if weights is None else weights != 0
+
+
+def select_seen(x: Array, seen: Array | None) -> Array:
+    """x [B, N, E] with 0 for tokens that no query sees: what stands there may be NaN."""
+    return x if seen is None else jnp.where(spread(seen, x), x, 0)
 
 
 def aggregate(
@@ -81,11 +86,11 @@ def aggregate(
     """
     check_form(p, causal, frames, query_weights, weights, state)
     acc = jnp.promote_types(p.dtype, jnp.float32)
-    p = select_seen(p, weights, query_weights).astype(acc)
+    p = select_seen(p, seen_tokens(weights, query_weights)).astype(acc)
     if query_weights is not None:
         w = lax.stop_gradient(query_weights.astype(acc))
-        rows = jnp.einsum("bmn,bne->bme", jnp.broadcast_to(w, (p.shape[0], *w.shape[1:])), p,
-                          precision=lax.Precision.HIGHEST)  # fmt: skip
+        matrix, spec = (w[0], "mn,bne->bme") if w.shape[0] == 1 else (w, "bmn,bne->bme")
+        rows = jnp.einsum(spec, matrix, p, precision=lax.Precision.HIGHEST)
         return rows * _share(jnp.sum(w, axis=2), epsilon)[..., None], None
     batch, n, _ = p.shape
     frames = (n,) if frames is None and not causal else frames

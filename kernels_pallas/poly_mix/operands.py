@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from ..compat import vary
-from .aggregate import check_form, select_seen
+from .aggregate import check_form
 from .rope import Rotation
 from .state import PolyState
 
@@ -17,7 +17,7 @@ class Operands(NamedTuple):
     """Checked operands, varying alike over mesh axes.
 
     Attributes:
-        h: [B, N, E] in its own dtype, 0 where no query sees the token.
+        h: [B, N, E] in its own dtype; may hold NaN where no query sees the token.
         coeff: [E, k] in the accumulator's dtype (float32, or float64 for float64 h).
         weights: [B, N] in that dtype, or None. rotation: of `rope`, in that dtype, or None.
         state: in that dtype, or None. query_weights: [B or 1, M, N], or None.
@@ -49,7 +49,7 @@ def prepare(
     causal: bool,
     frames: Any,
 ) -> Operands:
-    """The operands, checked; tokens without weight are taken out by selection.
+    """The operands, checked.
 
     Raises:
         ValueError: shapes, dtypes or forms of masks that do not fit together.
@@ -80,6 +80,5 @@ def prepare(
             )
     if weights is not None:
         weights = lax.stop_gradient(jnp.broadcast_to(weights.astype(acc), (batch, n)))
-    h = select_seen(h, weights, query_weights)
     operands = Operands(h, coeff.astype(acc), weights, rotation, state, query_weights)
     return vary(operands, operands)

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
+from .aggregate import seen_tokens, select_seen
 from .operands import Operands
 from .rope import rotate
 from .state import PolyState
@@ -25,6 +26,7 @@ def poly_mix_reference(operands: Operands, causal: bool, frames, out_dtype):
     h, coeff, weights, rotation, state, query_weights = operands
     batch, n, _ = h.shape
     acc = coeff.dtype
+    h = select_seen(h, seen_tokens(weights, query_weights))
     a, power, p = activation(h.astype(acc)), 1.0, 0.0
     for j in range(coeff.shape[1]):
         power = power * a

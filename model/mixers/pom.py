@@ -350,6 +350,9 @@ class PolynomialMixer(nn.Module):
         width, _, axes = self.sizes()
         if query_frames is not None and (context is None or frames is None):
             raise ValueError("query_frames go with a context and its frames")
+        if frames is not None and context is not None:
+            if query_frames is None or len(query_frames) != len(frames):
+                raise ValueError("a context in frames needs query_frames, as many as frames")
         h, gate = self.project(constrain(x, "batch", "seq", None), context)
         rotation: Rotation | None = None
         if axes:
@@ -364,12 +367,9 @@ class PolynomialMixer(nn.Module):
             dtype=self.dtype if per_token else jnp.promote_types(self.dtype, jnp.float32),
             implementation=self.implementation,
         )  # fmt: skip
-        if frames is not None and context is not None:
-            if query_frames is None or len(query_frames) != len(frames):
-                raise ValueError("a context in frames needs query_frames, as many as frames")
-            frames = query_frames
         queries = x.shape[1]
-        blocks = tuple(frames) if frames is not None else (queries,)
+        blocks = query_frames or frames
+        blocks = (queries,) if blocks is None else tuple(blocks)
         if sum(blocks) != queries:
             raise ValueError(f"query_frames {blocks} do not add up to {queries} queries")
         if per_token:
