@@ -28,6 +28,8 @@ FSDP_MIN_ELEMENTS = 2**12  # smaller parameters are replicated
 
 # (path pattern, axis from the right that the tensor axis cuts); the first match counts.
 TENSOR_RULES: tuple[tuple[str, int], ...] = (
+    (r"(hom|cross)/(ho|se)_proj/kernel$", -1),
+    (r"(hom|cross)/ag_proj/kernel$", -2),
     (r"(q|k|v|g)_proj/kernel$", -1),
     (r"res_proj/kernel$", -2),
     (r"mlp/up/kernel$", -1),

@@ -10,7 +10,7 @@ from lintime.train.optimizers import decays, make_optimizer, make_schedule
 from lintime.train.schema import Optim
 
 
-@pytest.mark.parametrize("name", ["cosine", "linear", "constant"])
+@pytest.mark.parametrize("name", ["cosine", "linear", "sqrt", "constant"])
 @pytest.mark.parametrize("warmup, decay_steps, steps", [(10, 0, 50), (0, 30, 50), (7, 0, 7)])
 def test_schedule_by_formula(name, warmup, decay_steps, steps):
     schedule = make_schedule(Optim(schedule=name, warmup=warmup, decay_steps=decay_steps), steps)
@@ -20,8 +20,8 @@ def test_schedule_by_formula(name, warmup, decay_steps, steps):
         if n < warmup:
             return n / warmup
         share = min((n - warmup) / max(total - warmup, 1), 1)
-        falls = {"cosine": 0.5 - 0.5 * np.cos(np.pi * share), "linear": share, "constant": 0}
-        return 1 - 0.9 * falls[name]
+        falls = {"cosine": 0.5 - 0.5 * np.cos(np.pi * share), "linear": share, "sqrt": share**0.5}
+        return 1 - 0.9 * falls.get(name, 0)
 
     counts = range(60)
     np.testing.assert_allclose([schedule(n) for n in counts], [by_hand(n) for n in counts], 1e-5)

@@ -13,9 +13,9 @@ from .schema import Optim
 def make_schedule(optim: Optim, steps: int) -> optax.Schedule:
     """Multiplier of the peak learning rate at update `count` (0-based).
 
-    Linear 0 -> 1 over `warmup` updates (the first update has rate 0), then "cosine" or "linear"
-    down to `final` over the rest of `decay_steps` (or `steps`), constant afterwards; "constant"
-    stays at 1.
+    Linear 0 -> 1 over `warmup` updates (the first update has rate 0), then "cosine", "linear" or
+    "sqrt" (1 less the square root of the way) down to `final` over the rest of `decay_steps` (or
+    `steps`), constant afterwards; "constant" stays at 1.
     """
     total = optim.decay_steps or steps
     span = max(total - optim.warmup, 1)
@@ -26,12 +26,27 @@ def make_schedule(optim: Optim, steps: int) -> optax.Schedule:
         decay = {
             "cosine": optim.final + (1 - optim.final) * 0.5 * (1 + jnp.cos(jnp.pi * share)),
             "linear": 1 - (1 - optim.final) * share,
+            "sqrt": 1 - (1 - optim.final) * jnp.sqrt(share),
             "constant": jnp.ones_like(share),
         }[optim.schedule]
         warm = count / max(optim.warmup, 1)
         return jnp.where(count < optim.warmup, warm, decay)
 
     return multiplier
+
+
+def average_decay(updates, *, limit: float = 0.999, start: int = 10000, power: float = 2 / 3):
+    """Decay of an average of weights that warms up: min(limit, 1 - (1 + s)^-power) with s =
+    updates - start, and 0, a copy, for s <= 0.
+
+    Args:
+        updates: of the weights before this one, a number or an array.
+
+    Returns:
+        float32 of the shape of `updates`. (The recipe of arXiv 2411.12663 averages every 10th.)
+    """
+    s = jnp.maximum(jnp.asarray(updates, jnp.float32) - start, 0)
+    return jnp.minimum(limit, 1 - (1 + s) ** -power)
 
 
 # Decay rates, step sizes and skips of state-space layers are never decayed (Mamba, S4D).

@@ -190,8 +190,8 @@ class Optim:
     Attributes:
         name: "adamw", "lion" or "adafactor".
         learning_rate: peak learning rate.
-        schedule: "cosine", "linear" or "constant", after `warmup` updates from 0.
-        final: share of the peak that is left at the end of "cosine" and "linear".
+        schedule: "cosine", "linear", "sqrt" or "constant", after `warmup` updates from 0.
+        final: share of the peak that is left at the end of the first three.
         decay_steps: updates at which the decay ends; 0 = `Run.steps`.
         weight_decay: per-update decay. Transformer-VQ's recipe does not multiply it by the learning
             rate; `decay_times_lr=True` gives the usual decoupled AdamW decay.

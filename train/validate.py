@@ -62,7 +62,7 @@ GOES_WITH = {
 _CHOICES = {
     "data.format": ("auto", "text", "enwik8", "pg19", "images"),
     "optim.name": ("adamw", "lion", "adafactor"),
-    "optim.schedule": ("cosine", "linear", "constant"),
+    "optim.schedule": ("cosine", "linear", "sqrt", "constant"),
     "precision.compute": ("float32", "bfloat16"),
     "precision.remat": ("none", "full", "dots"),
     "process.normalise": ("positions", "tokens"),

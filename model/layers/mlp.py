@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -66,15 +68,17 @@ class GatedMLP(nn.Module):
 
 
 class GeluMLP(nn.Module):
-    """W2 gelu(W1 x) with biases (DiT's MLP); the GELU is the tanh form, in at least float32.
+    """W2 gelu(W1 x) with biases (DiT's MLP); the GELU in at least float32.
 
     Attributes:
         hidden: inner width.
         dtype: of the matmuls.
+        exact: the GELU of the error function instead of its tanh form.
     """
 
     hidden: int
     dtype: jnp.dtype
+    exact: bool = False
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
@@ -83,7 +87,7 @@ class GeluMLP(nn.Module):
         product, bias = _Projection(self.hidden, init, self.dtype, name="fc1")(x)
         product = constrain(product, "batch", "seq", "features")
         fc2 = nn.Dense(x.shape[-1], kernel_init=init, dtype=self.dtype, name="fc2")
-        return fc2(_gelu(*vary((product, bias), (product, bias))))
+        return fc2(_gelu(not self.exact, *vary((product, bias), (product, bias))))
 
 
 class _Projection(nn.Module):
@@ -100,17 +104,17 @@ class _Projection(nn.Module):
         return jnp.dot(x.astype(self.dtype), kernel.astype(self.dtype)), bias
 
 
-@jax.custom_vjp
-def _gelu(x, bias):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _gelu(approximate, x, bias):
     """gelu(x + bias) in x's dtype, in between at least float32; of all that only x is kept for the
     backward pass."""
-    return nn.gelu(_widen(x) + bias, approximate=True).astype(x.dtype)
+    return nn.gelu(_widen(x) + bias, approximate=approximate).astype(x.dtype)
 
 
-def _gelu_bwd(operands, dy):
+def _gelu_bwd(approximate, operands, dy):
     # The barrier keeps XLA from finding the tanh of the forward pass again, kept in float32.
     x, bias, dy = lax.optimization_barrier((*operands, dy))
-    _, pull = jax.vjp(lambda a: nn.gelu(a, approximate=True), _widen(x) + bias)
+    _, pull = jax.vjp(lambda a: nn.gelu(a, approximate=approximate), _widen(x) + bias)
     dx = pull(_widen(dy))[0].astype(x.dtype)
     # The sum is a reduction in x's dtype, as that of a dense layer's bias: XLA fuses it, whereas
     # for a wide one it would write the wide gradient.
@@ -118,7 +122,7 @@ def _gelu_bwd(operands, dy):
     return dx, lax.reduce(dx, np.zeros((), dx.dtype), lax.add, axes).astype(bias.dtype)
 
 
-_gelu.defvjp(lambda x, bias: (_gelu(x, bias), (x, bias)), _gelu_bwd)
+_gelu.defvjp(lambda approximate, x, bias: (_gelu(approximate, x, bias), (x, bias)), _gelu_bwd)
 
 
 def _widen(x):

@@ -139,7 +139,7 @@ def guided_iterations(steps: int, interval: tuple[float, float]) -> np.ndarray:
 
 def make_trajectory(
     denoise: Denoise,
-    process: GaussianDiffusion | FlowMatching,
+    process: GaussianDiffusion | FlowMatching | Solver,
     *,
     method: str = "ddpm",
     segments: Sequence[Segment],
@@ -214,7 +214,7 @@ def make_trajectory(
 
 def make_diffusion_sampler(
     denoise: Denoise,
-    process: GaussianDiffusion | FlowMatching,
+    process: GaussianDiffusion | FlowMatching | Solver,
     *,
     method: str = "ddpm",
     segments: Sequence[Segment],
@@ -233,7 +233,8 @@ def make_diffusion_sampler(
     Args:
         denoise: (variables, x [B, H, W, C], t [B], labels [B], mode) -> [B, H, W, C or 2C]. t is
             the original timestep, int32, or the flow's time, float32.
-        process: `GaussianDiffusion` or `FlowMatching`.
+        process: `GaussianDiffusion` or `FlowMatching`; or a solver made elsewhere (`level_solver`),
+            beside which method, respacing, eta, clip, sde and reset_history stay as they are.
         method: of the former "ddpm", "ddim", "euler", "heun", "dpm++2m" (`gaussian_solver`), of the
             latter "euler", "heun", "sde" (`flow_solver`).
         segments: the iterations, the noisiest first; their steps add up to all of them.
@@ -295,6 +296,13 @@ def _solver(process, method, steps, *, respacing, eta, clip, sde, restarts) -> S
     Raises:
         ValueError: with the numbers.
     """
+    if isinstance(process, Solver):
+        if (respacing, eta, clip, sde, restarts) != (None, 0.0, False, None, None):
+            raise ValueError("settings of a method beside a solver, which has its own")
+        kept = len(jax.tree.leaves(process.inputs)[0])
+        if kept != steps:
+            raise ValueError(f"the solver has {kept} iterations, the segments have {steps} steps")
+        return process
     if restarts is not None and method != "dpm++2m":
         raise ValueError(f"reset_history is of method='dpm++2m', not of {method!r}")
     if isinstance(process, FlowMatching):
