@@ -30,7 +30,7 @@ FSDP_MIN_ELEMENTS = 2**12  # smaller parameters are replicated
 TENSOR_RULES: tuple[tuple[str, int], ...] = (
     (r"(hom|cross)/(ho|se)_proj/kernel$", -1),
     (r"(hom|cross)/ag_proj/kernel$", -2),
-    (r"(q|k|v|g)_proj/kernel$", -1),
+    (r"(^|/)(q|k|v|g)_proj/kernel$", -1),
     (r"res_proj/kernel$", -2),
     (r"mlp/up/kernel$", -1),
     (r"mlp/down/kernel$", -2),
@@ -40,6 +40,10 @@ TENSOR_RULES: tuple[tuple[str, int], ...] = (
     (r"mixer/((for|back)ward/)?(x_proj|out_proj)/kernel$", -2),
     (r"mixer/((for|back)ward/)?(conv1d/(kernel|bias)|dt_bias|D)$", -1),
     (r"mixer/((for|back)ward/)?norm/g$", -1),
+    (r"mixer/(qc_proj|se_proj)/kernel$", -1),
+    (r"mixer/po_proj/kernel$", -3),  # groups
+    (r"mixer/(po_coeff|ag_proj/kernel)$", -2),
+    (r"mixer/(se_bias|(po|se)_proj/bias)$", -1),
     (r"mlp/fc1/kernel$", -1),
     (r"mlp/fc2/kernel$", -2),
     (r"(embedding|lm_head|out_proj/kernel)$", -1),

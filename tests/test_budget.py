@@ -1,5 +1,6 @@
 """FLOPs in the published unit, and which mode acts at which step of a sampler."""
 
+import dataclasses
 import json
 
 import jax
@@ -78,6 +79,54 @@ def test_flops_are_those_of_the_traced_net(kind):
     variables = jax.eval_shape(DiT(config).init, jax.random.key(0), x, one, one)
     run = lambda v, x, one, told: DiT(config).apply(v, x, one, one, **told)[0]
     assert 2 * dit_flops(config) == count_flops(run, variables, x, one, told)
+
+
+POM = {
+    "input_size": 8, "d_model": 24, "n_layer": 1, "n_head": 2, "mlp_ratio": 3.0, "mixer": "pom",
+    "expand": 3, "num_classes": 4,
+}  # fmt: skip
+
+
+def traced(config) -> float:
+    shape = jax.ShapeDtypeStruct
+    one, x = shape((1,), "int32"), shape((1, *config.shape), "float32")
+    variables = jax.eval_shape(DiT(config).init, jax.random.key(0), x, one, one)
+    run = lambda v, x, one: DiT(config).apply(v, x, one, one)[0]
+    return count_flops(run, variables, x, one) / 2
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {}, {"n_layer": 3, "degree": 4}, {"n_head": 1}, {"ngroups": 3}, {"patch_size": 8},
+        {"n_head": 12, "rope": "2d"},
+        {"context": "cross", "context_dim": 6, "context_length": 5},
+    ],
+)  # fmt: skip
+def test_flops_of_pom_are_those_of_the_traced_net(change):
+    """Output of rank n_head; of every channel with n_head=1, and of one token, where it is less."""
+    config = DiTConfig(**(POM | change))
+    assert dit_flops(config) == traced(config)
+
+
+def test_flops_of_factorised_pom():
+    """A traced branch counts as the dearer one: within 8 frames of 4 patches; along 2 x 16."""
+    config = DiTConfig(**POM, frames=8, mixing="factorised")
+    first = dataclasses.replace(config, patch_size=4)
+    assert dit_flops(first) == traced(first)
+    one = dataclasses.replace(config, frames=2)
+    two = dataclasses.replace(one, n_layer=2)
+    assert dit_flops(two) - dit_flops(one) == traced(two) - traced(one)
+
+
+def test_pom_costs_less_than_attention_and_grows_with_the_tokens():
+    costs = [
+        [dit_flops(dataclasses.replace(dit(latent=n), mixer=mixer)) / 1e9 for n in (32, 64, 128)]
+        for mixer in ("attention", "pom")
+    ]
+    assert all(b < a for a, b in zip(*costs))
+    assert costs[1][2] / costs[1][0] == pytest.approx(16, rel=0.02)  # 16 times the tokens
+    assert costs[0][2] / costs[0][0] > 24
 
 
 def test_flops_of_another_mixer_are_refused():

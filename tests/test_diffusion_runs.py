@@ -145,8 +145,7 @@ def test_classes_are_dropped_in_training(images):
     assert one == other and seen != seen_other
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("mixer", ["mamba2"])
+@pytest.mark.parametrize("mixer", ["pom", pytest.param("mamba2", marks=pytest.mark.slow)])
 def test_other_mixers_of_tokens(mixer, images, tmp_path):
     run = dit_run(images, f"net.mixer={mixer}", "steps=2", flow=True)
     validate(run)

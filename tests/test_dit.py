@@ -18,7 +18,8 @@ from lintime.model.layers.norms import layer_normalise
 from lintime.model.layers.patches import patchify, unpatchify
 from lintime.model.layers.positions import sincos_positions
 from lintime.model.mixers.bidirectional import Bidirectional
-from lintime.model.nets.dit import DiT, DiTConfig, make_mixer
+from lintime.model.mixers.pom import PolynomialMixer
+from lintime.model.nets.dit import DiT, DiTConfig, make_mixer, position_table
 from lintime.model.partition import parameter_shardings, parameter_spec, path_string
 from lintime.train.mesh import ROWS, make_mesh
 from lintime.train.schema import Mesh
@@ -269,8 +270,14 @@ def test_errors():
         with pytest.raises(ValueError, match="the net has input_size=8 and in_channels=3"):
             DiT(config).apply({"params": params}, bad, t, labels)
     for changes, words in (
-        ({"mixer": "mamba3"}, "mixer='mamba3'; choose attention, mamba2 or mamba1"),
+        ({"mixer": "mamba3"}, "mixer='mamba3'; choose attention, pom, mamba2 or mamba1"),
         ({"n_head": 3}, "num_heads=3 does not divide width=16"),
+        ({"mixer": "pom", "n_head": 3}, "heads=3 does not divide expand \\* features = 32"),
+        ({"mixer": "pom", "ngroups": 3}, "groups=3 does not divide features=16"),
+        ({"mixer": "pom", "rope": "1d"}, "rope='1d'; choose none or, for images and mixer=pom, 2d"),
+        ({"rope": "2d"}, "rope='2d'; choose none"),
+        ({"mixer": "pom", "rope": "2d", "frames": 2}, "rope='2d'; choose none"),
+        ({"mixer": "pom", "rope": "2d"}, "gates of 2 heads of 16 channels cannot be rotated"),
         ({"patch_size": 3}, "patch_size=3 does not divide input_size=8"),
     ):
         with pytest.raises(ValueError, match=words):
@@ -306,6 +313,26 @@ def test_mamba_reads_both_ways():
     assert mixer["forward"]["in_proj"]["kernel"].shape[0] == 2
 
 
+def test_pom_is_the_layer_with_rope_at_the_place_of_a_token():
+    """Of the position table's coordinates: a patch of two lies between those of one."""
+    fields = {"mixer": "pom", "n_head": 4, "degree": 3, "rope": "2d", "base_patch": 1}
+    config = make_config(n_layer=1, **fields)
+    params, (x, t, labels) = random_params(config), some_inputs(config)
+    net = compiled(DiT(config), collect=True)
+    _, kept = net(params, x, t, labels)
+    vectors = params["blocks"]["modulation"]
+    quiet = {"kernel": 0 * vectors["kernel"], "bias": 0 * vectors["bias"]}
+    _, plain_norm = net(params | {"blocks": params["blocks"] | {"modulation": quiet}}, x, t, labels)
+    r = plain_norm["patches"][0] + np.float32(position_table(config))
+    row, column = np.divmod(np.arange(16), 4)
+    at = np.stack([row, column], axis=1) * 2 + 0.5
+    mixer = PolynomialMixer(16, 3, 2, 4, rope="2d")
+    own = jax.tree.map(lambda a: a[0], params["blocks"]["mixer"])
+    want = mixer.apply({"params": own}, layer_normalise(r), positions=jnp.asarray(at))[0]
+    np.testing.assert_allclose(plain_norm["blocks"]["mixed"][0][0], want, rtol=1e-4, atol=1e-4)
+    assert np.abs(kept["blocks"]["mixed"][0][0] - want).max() > 1e-2  # it was modulated
+
+
 # ---------------------------------------------------------------- however computed
 
 
@@ -316,7 +343,7 @@ def plain(mixer="attention"):
     return config, params, inputs, gradients(DiT(config))(params, *inputs)
 
 
-BOTH = ("attention", pytest.param("mamba2", marks=pytest.mark.slow))
+BOTH = ("attention", "pom", pytest.param("mamba2", marks=pytest.mark.slow))
 
 
 @pytest.mark.parametrize("mixer", BOTH)
@@ -346,6 +373,10 @@ def test_bfloat16(mixer):
     assert kept["blocks"]["out"][0].dtype == jnp.bfloat16 and kept["tokens"][0].dtype == jnp.float32
 
 
+INNER = {
+    "attention": "attn/qkv/kernel", "pom": "mixer/po_coeff",
+    "mamba2": "mixer/backward/in_proj/kernel",
+}  # fmt: skip
 WIDE = {"d_model": 32, "n_head": 4, "mlp_ratio": 4.0}
 
 
@@ -355,7 +386,7 @@ WIDE = {"d_model": 32, "n_head": 4, "mlp_ratio": 4.0}
     "sizes", [(2, 2, 2), *(pytest.param(s, marks=pytest.mark.slow) for s in ((1, 2, 4), (1, 8, 1)))]
 )
 def test_any_mesh_computes_the_same(sizes, mixer):
-    config = make_config(mixer=mixer, **WIDE)
+    config = make_config(mixer=mixer, rope="2d" if mixer == "pom" else "none", **WIDE)
     params, inputs = random_params(config), some_inputs(config, rows=8)
     want = gradients(DiT(config))(params, *inputs)
     data, fsdp, tensor = sizes
@@ -363,8 +394,7 @@ def test_any_mesh_computes_the_same(sizes, mixer):
     places = parameter_shardings(params, mesh)
     leaves = jax.tree_util.tree_leaves_with_path(places)
     cut = {path_string(path) for path, s in leaves if "tensor" in s.spec}
-    inner = "attn/qkv" if mixer == "attention" else "mixer/backward/in_proj"
-    assert tensor == 1 or {f"blocks/{inner}/kernel", "blocks/mlp/fc1/kernel"} <= cut
+    assert tensor == 1 or {f"blocks/{INNER[mixer]}", "blocks/mlp/fc1/kernel"} <= cut
     with jax.set_mesh(mesh):
         args = (jax.device_put(params, places),)
         args += tuple(jax.device_put(a, NamedSharding(mesh, ROWS)) for a in inputs)
@@ -406,4 +436,10 @@ def test_parameters_are_cut_by_heads_and_hidden_units():
     assert spec("attn/qkv/kernel", 2, 64, 192) == (None, "fsdp", "tensor")
     assert spec("attn/proj/kernel", 2, 64, 64) == (None, "tensor", "fsdp")
     assert spec("mlp/fc2/kernel", 2, 256, 64) == (None, "tensor", "fsdp")
+    assert spec("mixer/qc_proj/kernel", 2, 64, 132) == (None, "fsdp", "tensor")
+    assert spec("mixer/ag_proj/kernel", 2, 128, 64) == (None, "tensor", "fsdp")
+    assert spec("mixer/po_proj/kernel", 2, 2, 32, 64) == (None, "tensor", None, "fsdp")
+    assert spec("mixer/se_proj/kernel", 2, 64, 128) == (None, "fsdp", "tensor")
+    assert spec("mixer/po_coeff", 2, 128, 3) == (None, "tensor", None)
+    assert spec("mixer/se_bias", 2, 4) == (None, "tensor")
     assert spec("modulation/kernel", 2, 64, 384) == (None, None, "fsdp")

@@ -58,9 +58,9 @@ def case(kind, **changes):
     return config, params, run
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_context_reaches_its_row_and_padding_reaches_nothing(kind):
-    _, _, run = case(kind)
+@pytest.mark.parametrize("kind, mixer", [*((k, "attention") for k in KINDS), ("cross", "pom")])
+def test_a_context_reaches_its_row_and_padding_reaches_nothing(kind, mixer):
+    _, _, run = case(kind, mixer=mixer)
     none = np.zeros(2, bool)
     base = run(CONTEXT, MASK, none)
     assert base.shape == (2, 8, 8, 6) and base.dtype == jnp.float32
@@ -179,8 +179,9 @@ def test_what_is_refused():
     ):
         with pytest.raises(ValueError, match=words):
             build(**changes)
-    with pytest.raises(ValueError, match="context=joint takes mixer=attention, not mamba2"):
-        abstract_params(text_config("joint", mixer="mamba2"))
+    for mixer in ("mamba2", "pom"):
+        with pytest.raises(ValueError, match=f"context=joint takes mixer=attention, not {mixer}"):
+            abstract_params(text_config("joint", mixer=mixer))
     with pytest.raises(ValueError, match="null_context='mean'; choose learned or zero"):
         abstract_params(text_config("cross", null_context="mean"))
     shape = lambda config, *args, **kw: jax.eval_shape(

@@ -20,7 +20,9 @@ from lintime.model.layers.flexible import (
 from lintime.model.layers.patches import patchify, unpatchify
 from lintime.model.nets.dit import DiT, DiTConfig
 from lintime.model.nets.flexidit import (
+    POM_TARGETS,
     FlexiDiTConfig,
+    check_config,
     flexible_denoiser,
     flexify,
     init_params,
@@ -37,6 +39,7 @@ from lintime.model.sampling.budget import plan
 from lintime.model.sampling.classes import row_keys
 from lintime.model.sampling.diffusion import Segment, make_diffusion_sampler
 from tests.golden.quick import quick_jit
+from tests.tiny_dit import random_params
 
 BASE = DiTConfig(
     input_size=8, patch_size=2, in_channels=2, d_model=16, n_layer=2, n_head=2, num_classes=3
@@ -358,6 +361,27 @@ def test_adapters_on_other_mixers():
     config = dataclasses.replace(LORA, base=base, targets=("mlp.fc1", "mlp.fc2"))
     params = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
     assert params["modes"]["p4"]["lora"]["mlp"]["fc1"]["A"].shape == (1, 16, 3)
+
+
+def test_adapters_on_pom():
+    """Both projections have adapters; the base's own mode is the base, the other learns them."""
+    base = dataclasses.replace(BASE, mixer="pom", rope="2d", n_head=4, d_model=16, n_layer=1)
+    config = dataclasses.replace(LORA, base=base, targets=POM_TARGETS)
+    with pytest.raises(ValueError, match="mixer=pom has no attention; set targets=mixer.qc_proj,"):
+        check_config(dataclasses.replace(config, targets=LORA.targets))
+    own = random_params(base)
+    params = quick_jit(lambda own: flexify(config, own, jax.random.key(0)))(own)
+    lora = params["modes"]["p4"]["lora"]["mixer"]
+    assert lora["qc_proj"]["B"].shape == (1, 3, 32 + 4) and lora["ag_proj"]["A"].shape == (1, 32, 3)
+    want = quick_jit(lambda own: DiT(base).apply({"params": own}, *inputs())[0])(own)
+    np.testing.assert_array_equal(run(config, params, 2), want)
+    weak = lambda params: DiT(mode_config(config, 4)).apply(
+        {"params": mode_params(config, params, 4)}, *inputs()
+    )[0]
+    gradient = quick_jit(jax.grad(lambda params: jnp.sum(jnp.sin(weak(params)))))(params)
+    found = gradient["modes"]["p4"]["lora"]["mixer"]
+    assert all(np.abs(found[name]["B"]).max() > 0 for name in ("qc_proj", "ag_proj"))
+    assert not any(np.any(a) for a in jax.tree.leaves(gradient["base"]))
 
 
 # ---------------------------------------------------------------- objectives

@@ -88,10 +88,11 @@ def test_one_frame_with_full_mixing_is_an_image_but_for_the_time():
     np.testing.assert_allclose(out[:, 0], compiled(DiT(image))(params, x, t, labels), **close)
 
 
+@pytest.mark.parametrize("mixer", ["attention", "pom"])
 @pytest.mark.parametrize("layers", [1, 2])
-def test_what_factorised_blocks_see(layers):
+def test_what_factorised_blocks_see(layers, mixer):
     """One block: only its own time. Two: the place along time as well, so everything."""
-    config = dataclasses.replace(VIDEO, mixing="factorised", n_layer=layers)
+    config = dataclasses.replace(VIDEO, mixing="factorised", n_layer=layers, mixer=mixer)
     params, (x, t, labels) = random_params(config), some_inputs(config)
     run = compiled(DiT(config))
     out = run(params, x, t, labels)

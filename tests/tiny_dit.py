@@ -15,7 +15,7 @@ SIZES = {
     "input_size": 8, "patch_size": 2, "in_channels": 3, "d_model": 16, "n_layer": 2, "n_head": 2,
     "mlp_ratio": 2.0, "num_classes": 5, "headdim": 8, "d_state": 4, "chunk": 4,
 }  # fmt: skip
-MIXERS = ("attention", "mamba2", "mamba1")
+MIXERS = ("attention", "pom", "mamba2", "mamba1")
 
 
 def make_config(**changes) -> DiTConfig:

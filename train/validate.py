@@ -70,7 +70,8 @@ _CHOICES = {
     "net.attention": ("vq", "dense", "flash"),
     "net.reduction": ("serial", "associative", "matmul"),
     "net.scale_on": ("logits", "features"),
-    "net.mixer": ("mamba2", "mamba1", "attention"),
+    "net.mixer": ("mamba2", "mamba1", "attention", "pom"),
+    "net.rope": dit.ROPES,
     "net.mixing": dit.MIXINGS,
     "net.context": dit.CONTEXTS,
     "net.null_context": dit.NULLS,
@@ -100,7 +101,7 @@ _RANGES = (
         "net.num_tokens net.num_groups net.ch net.num_res_blocks net.z_channels "
         "net.codebook_size net.codebook_dim net.input_size net.patch_size net.in_channels "
         "net.n_head sample.steps process.timesteps data.size data.images.size "
-        "net.patch_frames data.frames data.stride "
+        "net.patch_frames data.frames data.stride net.degree "
         "process.disc_features process.disc_layers net.rank process.match_steps",
     ),
     (

@@ -26,6 +26,7 @@ from .mlp import uniform_fan_in
 from .norms import rms_normalise
 
 KINDS = ("adaln", "adaln_single", "adaln_group")
+TIME_FEATURES = 256
 
 
 def modulate(x: Array, shift: Array, scale: Array) -> Array:
@@ -219,3 +220,19 @@ def share_out(shared: Array, n_layer: int, rows: int) -> Array:
     groups = shared.shape[0] // rows
     pieces = shared.reshape(groups, rows, *shared.shape[1:])
     return pieces[jnp.arange(n_layer) % groups]
+
+
+class TimeEmbedder(nn.Module):
+    """W2 silu(W1 features(t)) with biases, in at least float32."""
+
+    features: int
+
+    @nn.compact
+    def __call__(self, t: Array) -> Array:
+        """[B, features] of t [B]."""
+        dense = lambda name: nn.Dense(
+            self.features, kernel_init=nn.initializers.normal(0.02), name=name
+        )
+        h = timestep_features(t, TIME_FEATURES)
+        self.sow("intermediates", "features", h)
+        return dense("fc2")(nn.silu(dense("fc1")(h)))

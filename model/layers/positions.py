@@ -7,6 +7,19 @@ from collections.abc import Sequence
 import numpy as np
 
 
+def coordinates(grid: Sequence[int], *, scale: float | Sequence[float] = 1.0) -> np.ndarray:
+    """[tokens, axes] float64: where the tokens of a grid lie, the last axis fastest.
+
+    Args:
+        grid: tokens along every axis. scale: size of a patch in units of the coordinates, one
+            number or one per axis. Index i lies at (i + 1/2) scale - 1/2, the centre of its patch:
+            integers for 1.
+    """
+    scales = np.broadcast_to(np.asarray(scale, np.float64), len(grid))
+    centres = [(np.arange(n, dtype=np.float64) + 0.5) * s - 0.5 for n, s in zip(grid, scales)]
+    return np.stack([a.reshape(-1) for a in np.meshgrid(*centres, indexing="ij")], axis=1)
+
+
 def sincos_positions(
     d_model: int, grid: Sequence[int], *, scale: float | Sequence[float] = 1.0
 ) -> np.ndarray:
@@ -22,8 +35,7 @@ def sincos_positions(
     Args:
         d_model: width d, a multiple of 4.
         grid: (rows, columns) of tokens, or (times, rows, columns).
-        scale: size of a patch in units of the coordinates, one number or one per axis. Index i lies
-            at (i + 1/2) scale - 1/2, the centre of its patch: integers for 1.
+        scale: size of a patch, see `coordinates`.
 
     Returns:
         [tokens, d] float64, the last axis of the grid fastest.
@@ -33,9 +45,7 @@ def sincos_positions(
     """
     if d_model % 4:
         raise ValueError(f"d_model={d_model}; the position table needs a multiple of 4")
-    scales = np.broadcast_to(np.asarray(scale, np.float64), len(grid))
-    centres = [(np.arange(n, dtype=np.float64) + 0.5) * s - 0.5 for n, s in zip(grid, scales)]
-    *time, row, column = (a.reshape(-1, 1) for a in np.meshgrid(*centres, indexing="ij"))
+    *time, row, column = np.split(coordinates(grid, scale=scale), len(grid), axis=1)
     table = np.concatenate([_waves(column, d_model // 4), _waves(row, d_model // 4)], axis=1)
     return table + sum(_waves(u, d_model // 2) for u in time) if time else table
 

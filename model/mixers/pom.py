@@ -78,6 +78,15 @@ def _coefficients(key, shape, dtype=jnp.float32):
     return jnp.clip(jax.random.normal(key, shape, dtype), -0.001, 0.001)
 
 
+def by_rank(queries: int, rows: int, width: int, heads: int) -> bool:
+    """Whether the output is a map of rank `heads`: fewer products than gating every channel.
+
+    Args:
+        queries: T. rows: how many different means of `width` channels they get.
+    """
+    return heads > 1 and rows * width + queries * heads < queries * width
+
+
 class _Affine(nn.Module):
     """The parameters `kernel` and `bias` (None without) of a linear map, for others to apply."""
 
@@ -385,7 +394,7 @@ class PolynomialMixer(nn.Module):
         count, width = rows.shape[1:]
         heads = self.heads if self.heads > 1 else width
         by_head = rows.astype(self.dtype).reshape(batch, count, heads, -1)
-        if self.heads > 1 and count * width + queries * heads < queries * width:
+        if by_rank(queries, count, width, self.heads):
             values = matmul("brhj,hjd->brhd", by_head, kernel.reshape(heads, -1, self.features))
             values, parts, row, start = values.astype(self.dtype), [], 0, 0
             for length, number in runs(blocks):

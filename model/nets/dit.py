@@ -18,23 +18,24 @@ from jax import Array
 from ...kernels_pallas.matmul import matmul
 from ..layers.conditioning import (
     ModulationHead,
+    TimeEmbedder,
     gated_add,
     modulated_layer_norm,
-    timestep_features,
 )
 from ..layers.context import NULLS, ContextEmbedder
 from ..layers.mlp import GeluMLP
 from ..layers.patches import Patch, patch_pixels, patchify, unpatchify
-from ..layers.positions import sincos_positions
+from ..layers.positions import coordinates, sincos_positions
 from ..mixers.bidirectional import Bidirectional
 from ..mixers.full_attention import FullAttention, JointAttention
+from ..mixers.pom import PolynomialMixer
 from ..partition import constrain
 from . import mamba_lm
 
 EPSILON = 1e-6  # of the layer norms
-TIME_FEATURES = 256
 CONTEXTS = ("none", "cross", "joint")
 MIXINGS = ("full", "factorised")
+ROPES = ("none", "2d")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,13 +61,17 @@ class DiTConfig:
         class_dropout: probability that a row trains on the null class, and on the null context; 0:
             there are none.
         learn_sigma: twice as many output channels: the second half for the variance.
-        mixer: "attention", or the sum of both directions of "mamba2" or "mamba1".
+        mixer: "attention"; "pom", gated means of polynomials (arXiv 2604.06129) with n_head gates;
+            or the sum of both directions of "mamba2" or "mamba1".
         context: how features of a text enter the blocks. "none"; "cross": r + attention(r, context)
             after the mixer (PixArt, arXiv 2310.00426, section 2.3), zero at the start; "joint": the
             context is a second stream of tokens with weights of its own, mixed in one attention
             (MM-DiT, arXiv 2403.03206, section 4; takes mixer="attention").
         context_dim: width of the features. context_length: their tokens S.
         null_context: the context of dropped rows: "learned" features, or "zero".
+        degree: of the polynomials of "pom". expand, ngroups, use_bias: of "pom" as well, see
+            `PolynomialMixer`.
+        rope: "2d" turns features and gates of "pom" by row and column: images only.
         d_state, d_conv, .., chunk, use_bias, conv_bias: of Mamba mixers, as in `MambaConfig`.
         residual_in_fp32: keep the residual stream in float32 whatever the compute dtype.
     """
@@ -92,6 +97,8 @@ class DiTConfig:
     context_dim: int = 0
     context_length: int = 0
     null_context: str = "learned"
+    degree: int = 2
+    rope: str = "none"
     d_state: int = 0
     d_conv: int = 4
     expand: int = 2
@@ -174,16 +181,26 @@ def make_mixer(config: DiTConfig, dtype=jnp.float32, **module):
     """The mixer of a config; `module` goes to the Flax module (name, parent).
 
     Raises:
-        ValueError: an unknown kind of mixer, or of mixing.
+        ValueError: an unknown kind of mixer, or of mixing, or sizes that do not fit together.
     """
     if config.mixing not in MIXINGS[: 1 + (config.frames > 0)]:
         raise ValueError(
             f"mixing={config.mixing!r}; choose full or, for videos (frames > 0), factorised"
         )
+    if config.rope not in ROPES[: 1 + (config.mixer == "pom" and not config.frames)]:
+        raise ValueError(f"rope={config.rope!r}; choose none or, for images and mixer=pom, 2d")
     if config.mixer == "attention":
         return FullAttention(config.d_model, config.n_head, dtype, **module)
+    if config.mixer == "pom":
+        mixer = PolynomialMixer(
+            config.d_model, config.degree, config.expand, config.n_head, config.ngroups,
+            config.use_bias, rope=config.rope, kernel_init=nn.initializers.xavier_uniform(),
+            dtype=dtype, **module,
+        )  # fmt: skip
+        mixer.sizes()
+        return mixer
     if config.mixer not in ("mamba1", "mamba2"):
-        raise ValueError(f"mixer={config.mixer!r}; choose attention, mamba2 or mamba1")
+        raise ValueError(f"mixer={config.mixer!r}; choose attention, pom, mamba2 or mamba1")
     return Bidirectional(mamba_lm.make_mixer(config, dtype, parent=None), **module)
 
 
@@ -210,27 +227,15 @@ def check_context(config: DiTConfig) -> None:
 
 def position_table(config: DiTConfig):
     """The net's position table [T, D] float64 (numpy): a constant, not a parameter."""
+    return sincos_positions(config.d_model, config.grid, scale=_position_scale(config))
+
+
+def _position_scale(config: DiTConfig):
+    """Size of a patch in units of the coordinates; see `sincos_positions`."""
     side = config.patch_size / (config.base_patch or config.patch_size)
     side *= (config.base_size or config.input_size) / config.input_size
     time = config.patch_frames / (config.base_patch_frames or config.patch_frames)
-    scale = (time, side, side) if config.frames else side
-    return sincos_positions(config.d_model, config.grid, scale=scale)
-
-
-class TimeEmbedder(nn.Module):
-    """W2 silu(W1 features(t)) with biases, in at least float32."""
-
-    features: int
-
-    @nn.compact
-    def __call__(self, t: Array) -> Array:
-        """[B, features] of t [B]."""
-        dense = lambda name: nn.Dense(
-            self.features, kernel_init=nn.initializers.normal(0.02), name=name
-        )
-        h = timestep_features(t, TIME_FEATURES)
-        self.sow("intermediates", "features", h)
-        return dense("fc2")(nn.silu(dense("fc1")(h)))
+    return (time, side, side) if config.frames else side
 
 
 class Block(nn.Module):
@@ -299,9 +304,13 @@ class Block(nn.Module):
     def _mix(self, h: Array, number: Array) -> Array:
         """The mixer's [B, T, D]; block `number` mixes within frames (even) or along time (odd)."""
         mixer_of = lambda block: block.attn if self.config.mixer == "attention" else block.mixer
+        grid = self.config.grid
         if self.config.mixing == "full":
-            return mixer_of(self)(h)[0]
-        times = self.config.grid[0]
+            if self.config.rope == "none":
+                return mixer_of(self)(h)[0]
+            at = coordinates(grid, scale=_position_scale(self.config))
+            return self.mixer(h, positions=jnp.asarray(at, jnp.float32))[0]
+        times = grid[0]
         h = h.reshape(h.shape[0], times, -1, h.shape[-1])
 
         def within(block, h):

@@ -44,6 +44,7 @@ from .dit import EPSILON, DiT, DiTConfig
 
 VARIANTS = ("shared", "lora")
 TARGETS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
+POM_TARGETS = ("mixer.qc_proj", "mixer.ag_proj", "mlp.fc1", "mlp.fc2")
 Params = Mapping[str, Any]
 
 
@@ -61,7 +62,7 @@ class FlexiDiTConfig:
             axis.
         resize: "area" or "bilinear", how patches of one size become those of another.
         rank, alpha: of the adapters of "lora": W + alpha / rank A B.
-        targets: kernels of a block that have adapters, by path.
+        targets: kernels of a block that have adapters, by path; `POM_TARGETS` for mixer="pom".
         detail: of an embedding, the part that patches of the base's size do not have (differences
             within what they average) starts random, this many times as large as Xavier's; 0 starts
             it at zero, as published. Where the output's part is zero as well, the start is a
@@ -139,6 +140,13 @@ def check_config(config: FlexiDiTConfig) -> None:
         _check_divides(base, config.star, f"underlying={patch_name(config.star)}")
     if config.variant == "lora" and (config.rank < 1 or not config.targets):
         raise ValueError(f"rank={config.rank}, targets={config.targets}: adapters need both")
+    attended = [t for t in config.targets if t.startswith("attn.")]
+    if config.variant == "lora" and attended and base.mixer != "attention":
+        instead = POM_TARGETS if base.mixer == "pom" else TARGETS[2:]
+        raise ValueError(
+            f"targets={','.join(attended)}: a net of mixer={base.mixer} has no attention; set "
+            f"targets={','.join(instead)}"
+        )
 
 
 def _check_divides(base: DiTConfig, patch: Patch, what: str) -> None:

@@ -19,12 +19,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
+from ..layers.conditioning import TIME_FEATURES
 from ..layers.patches import Patch, patch_name, patch_pixels
+from ..mixers.pom import by_rank
 from .diffusion import Segment
 
 Levels = tuple[tuple[Patch, int], ...]
 GUIDANCE = ("cfg", "weak_uncond", "weak_cond", "none")
-TIME_FEATURES = 256
+COUNTED = ("attention", "pom")  # mixers that `dit_flops` knows
 
 
 def dit_flops(config, patch: Patch | None = None) -> float:
@@ -36,32 +38,52 @@ def dit_flops(config, patch: Patch | None = None) -> float:
     times and p^2 the pixels of a patch; with factorised mixing a token meets N / f others in half
     of the blocks and f in the others.
 
+    With mixer="pom" of width E = expand D, S gates (n_head, or E for n_head=1) and G groups a block
+    has N D (E / G + S) + E D + N S D in place of 4 N D^2 + 2 N^2 D (with factorised mixing E D for
+    every frame, or place); or, where that is less or n_head=1, N E D in place of the last two.
+    Polynomials are elementwise and not counted: about 2 degree N E operations.
+
     A context of S tokens of d features adds S (d D + D^2) for its embedder, and in a block: "cross"
     (2 N + 2 S) D^2 + 2 N S D; "joint" S (4 + 2 m) D^2 + 6 D^2 and 2 ((N + S)^2 - N^2) D, all of the
     last block's too.
 
     Args:
-        config: `DiTConfig` with attention. patch: that of an image or video, if not the config's.
+        config: `DiTConfig` with attention or PoM.
+        patch: that of an image or video, if not the config's.
 
     Raises:
         ValueError: another mixer, whose operations this formula does not count.
     """
-    if config.mixer != "attention":
+    if config.mixer not in COUNTED:
         raise ValueError(
-            f"mixer={config.mixer}: the formula counts attention; count the traced network instead"
+            f"mixer={config.mixer}: the formula counts {' and '.join(COUNTED)}; count the traced "
+            "network instead"
         )
     config = config.with_patch(patch) if patch else config
     n, d, layers = config.tokens, config.d_model, config.n_layer
-    seen = layers * n
+    mixers = [(layers, 1)]  # (how many, rows into which each cuts the tokens)
     if config.mixing == "factorised":
-        times, along = config.grid[0], layers // 2
-        seen = (layers - along) * n // times + along * times
-    blocks = layers * ((4 + 2 * config.mlp_ratio) * n * d * d + 6 * d * d) + 2 * n * seen * d
-    blocks += layers * _context_flops(config)
+        along = layers // 2
+        mixers = [(layers - along, config.grid[0]), (along, n // config.grid[0])]
+    blocks = layers * (2 * config.mlp_ratio * n * d * d + 6 * d * d + _context_flops(config))
+    blocks += sum(count * _mixer_flops(config, rows) for count, rows in mixers)
     pixels = n * patch_pixels(config.patch)
     ends = pixels * (config.in_channels + config.out_channels) * d + 2 * d * d
     embedder = config.context_length * d * (config.context_dim + d)  # 0 without a context
     return blocks + ends + embedder + TIME_FEATURES * d + d * d
+
+
+def _mixer_flops(config, rows: int) -> float:
+    """Of one mixer that takes an image's tokens in so many rows; see `dit_flops`."""
+    n, d = config.tokens, config.d_model
+    if config.mixer == "attention":
+        return 4 * n * d * d + 2 * n * (n // rows) * d
+    width = config.expand * d
+    gates = config.n_head if config.n_head > 1 else width
+    out = n * width * d
+    if by_rank(n // rows, 1, width, gates):
+        out = (rows * width + n * gates) * d
+    return n * d * (width / config.ngroups + gates) + out
 
 
 def _context_flops(config) -> float:

@@ -18,7 +18,7 @@ from ...model.nets.flexidit import (
     mode_config,
     mode_flops,
 )
-from ...model.sampling.budget import plan
+from ...model.sampling.budget import COUNTED, plan
 from ...model.sampling.diffusion import Segment, guided_iterations
 from ..errors import UserError
 from ..flops import count_flops
@@ -127,9 +127,9 @@ def shown_budget(config: FlexiDiTConfig) -> float | None:
 
 @functools.lru_cache(maxsize=8)
 def mode_costs(config: FlexiDiTConfig) -> dict[Patch, float]:
-    """{patch: multiply-adds (half the FLOPs) of a prediction}: DiT's formula, or counted where the
-    mixer is another than attention."""
-    if config.base.mixer == "attention":
+    """{patch: multiply-adds (half the FLOPs) of a prediction}: DiT's formula, or counted where it
+    does not know the mixer."""
+    if config.base.mixer in COUNTED:
         return mode_flops(config)
 
     def counted(patch):
