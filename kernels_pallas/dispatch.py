@@ -34,6 +34,7 @@ IMPLEMENTATIONS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "causal_conv1d": _EVERYWHERE,
     "selective_scan": _EVERYWHERE,
     "ssd": _EVERYWHERE,
+    "poly_mix": _EVERYWHERE,
     "ssd_decode": {
         "cpu:*": ("xla", "reference", "pallas_gpu"),
         "gpu:NVIDIA H*": _HOPPER,

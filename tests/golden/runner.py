@@ -22,6 +22,7 @@ SYSTEMS = {
     "aim": "tests.golden.aim",
     "flexidit": "tests.golden.flexidit",
     "dit": "tests.golden.dit",
+    "pom": "tests.golden.pom",
 }
 
 Adapter = Callable[[Report], None]

@@ -1,0 +1,95 @@
+"""Polynomial mixer: means of learned polynomials of the tokens, the core of PoM layers.
+
+The aggregation of "A Linear-Time Replacement for Attention with the Polynomial Mixer"
+(arXiv 2604.06129). `aggregate` alone, on any features, also serves the layer of arXiv 2411.12663.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+from jax import Array
+
+from .. import dispatch
+from .aggregate import aggregate, repeat_frames, runs
+from .operands import prepare, unable
+from .reference import activation, poly_mix_reference
+from .rope import Rotation, rope_frequencies, rope_rotation, rotate
+from .state import PolyState, init_state, merge_states
+from .xla import poly_mix_xla, polynomial
+
+IMPLEMENTATIONS = {"reference": poly_mix_reference, "xla": poly_mix_xla}
+
+
+def poly_mix(
+    h: Array,
+    coeff: Array,
+    *,
+    weights: Array | None = None,
+    causal: bool = False,
+    frames: Sequence[int] | None = None,
+    query_weights: Array | None = None,
+    rotation: Rotation | None = None,
+    state: PolyState | None = None,
+    dtype: Any = None,
+    implementation: str | None = None,
+) -> tuple[Array, PolyState | None]:
+    """a_r = sum_n w_rn R_n p(h_n) / sum_n w_rn,  p(h) = sum_j c_j act(h)^j,  j = 1 .. k.
+
+    act(h) = clamp(leaky_relu(h, 0.01), -0.1, 6), channel by channel; R_n rotates by position. Which
+    tokens a row sees: all (one row), `causal`, `frames` (block-causal), `query_weights`.
+
+    Args:
+        h: [B, N, E] projected tokens. Polynomials are evaluated in float32 whatever h is (6^7 is
+            more than float16 holds), in float64 for float64.
+        coeff: [E, k] coefficients; column j - 1 multiplies the power j. Read as float32.
+        weights: [B, N] (or [1, N]) weight of each token, bool, integer or float: 0 for padding,
+            where h may be NaN. None means 1.
+        causal: row n sees the tokens up to n; N rows.
+        frames: lengths of the F frames in which the tokens come, adding up to N: row f sees the
+            frames up to f; F rows, one per frame (`repeat_frames` makes one per token).
+        query_weights: [B, M, N] (or [1, M, N]) weight of token n for query m; M rows. By a matmul,
+            so quadratic; alone, without weights, causal, frames and state.
+        rotation: angles [N, A, K] or [B, N, A, K] of `rope_rotation`, 2 A K = E; the features are
+            rotated before they are summed.
+        state: mean and count of the tokens before the first one; None is none.
+        dtype: of the rows; None means h's. Sums, counts and the state are float32 in any case.
+        implementation: None (best available), "reference" (mask matrices), "xla".
+
+    Returns:
+        rows [B, R, E] with R = 1, N, F or M, 0 where a row sees no weight; and the state after the
+        last token, to go on from (None with query_weights). Gradients go to h, coeff and the
+        state's mean; weights, counts and angles are constants.
+
+    Raises:
+        ValueError: shapes or forms of masks that do not fit together, or an implementation that
+            does not exist here.
+    """
+    frames = None if frames is None else tuple(int(length) for length in frames)
+    operands = prepare(h, coeff, weights, rotation, state, query_weights, causal, frames)
+    name = dispatch.resolve(
+        "poly_mix", implementation, IMPLEMENTATIONS, unable=unable(operands), x=operands.h,
+        channels=h.shape[2],
+    )  # fmt: skip
+    out_dtype = h.dtype if dtype is None else jnp.dtype(dtype)
+    return IMPLEMENTATIONS[name](operands, causal, frames, out_dtype)
+
+
+__all__ = [
+    "IMPLEMENTATIONS",
+    "PolyState",
+    "Rotation",
+    "activation",
+    "aggregate",
+    "init_state",
+    "merge_states",
+    "poly_mix",
+    "polynomial",
+    "repeat_frames",
+    "rope_frequencies",
+    "rope_rotation",
+    "rotate",
+    "runs",
+]

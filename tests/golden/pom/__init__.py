@@ -1,0 +1,16 @@
+"""Adapters for polynomial mixers, by family: from names and layouts of vectors to modules."""
+
+from __future__ import annotations
+
+from .kernels import kernel
+from .layers import layer
+from .streams import stream
+
+FAMILIES = {
+    "kernel": kernel,
+    "pom": layer,
+    "rope": layer,
+    "rope1d": layer,
+    "rope2d": layer,
+    "stream": stream,
+}
