@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from . import jit
 from .kernels import kernel
 from .layers import layer
 from .streams import stream
@@ -13,4 +14,7 @@ FAMILIES = {
     "rope1d": layer,
     "rope2d": layer,
     "stream": stream,
+    "jit_block": jit.block,
+    "jit_model": jit.model,
+    "smp_jit": jit.sampler,
 }
