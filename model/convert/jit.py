@@ -289,7 +289,7 @@ def _ratio(hidden: int, width: int) -> float:
     """
     whole = -(-3 * hidden // 2)  # the least n with int(2 n / 3) = hidden; n + 1 is the other
     fits = lambda ratio: JiTConfig(d_model=width, mlp_ratio=ratio).d_intermediate == hidden
-    round_ones = (round(whole / width, digits) for digits in range(6))
+    round_ones = (round(4 * whole / width) / 4, *(round(whole / width, n) for n in range(1, 6)))
     exact = (math.nextafter(n / width, math.inf) for n in (whole, whole + 1))
     for ratio in (*round_ones, *exact):
         if fits(ratio):

@@ -143,6 +143,7 @@ def jit_process(input_size: int = 256) -> FlowMatching:
 def check_jit(config: JiTConfig) -> None:
     """Raises ValueError unless the fields fit together."""
     c = config
+    _ = c.grid
     if c.context_tokens < 0 or not 0 <= c.context_start <= c.n_layer:
         raise ValueError(
             f"context_tokens={c.context_tokens} from block context_start={c.context_start} on, "
@@ -326,7 +327,7 @@ class JiT(nn.Module):
         r = r + jnp.asarray(sincos_positions(c.d_model, c.grid), r.dtype)
         r = constrain(r, "batch", "seq", None)
         time, label = self.condition(t, labels, drop=drop)
-        condition = constrain(time + label, "batch", None)
+        condition, label = (constrain(v, "batch", None) for v in (time + label, label))
         if c.plain_blocks:
             r = self._run(self.blocks, r, condition, token_positions(c, False))
         if c.n_layer > c.plain_blocks:
