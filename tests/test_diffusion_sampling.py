@@ -193,6 +193,47 @@ def test_interval():
     np.testing.assert_array_equal(never, sample(GAUSSIAN, "ddpm", Segment(steps=10)))
 
 
+@pytest.mark.parametrize("method", ["euler", "heun"])
+@pytest.mark.parametrize("times", [(0.0, 1.0), (0.0, 0.5), (0.25, 1.0), (0.1, 0.6)])
+def test_guided_times(method, times):
+    """Every evaluation of the net asks whether its own time is within; the last step is Euler's."""
+    process, steps, scale, said = FlowMatching(predict="data"), 4, 3.0, {9: 0.1, 3: 0.7}
+    net = lambda variables, x, t, labels, mode: (
+        jnp.where(labels == NULL, said[9], said[3]).reshape(-1, 1, 1, 1) * jnp.ones_like(x)
+    )
+    start = jax.random.normal(jax.random.key(0), (1, *SHAPE))
+    trajectory = make_trajectory(
+        net, process, method=method, segments=(Segment(steps=steps),), guided_times=times,
+        null_label=NULL,
+    )  # fmt: skip
+    run = lambda z: trajectory(None, z, jnp.zeros_like, jnp.array([3]), guidance=scale)
+    got = quick_jit(run)(start)
+
+    def velocity(x, t):
+        within = times[0] < t < times[1] or t == times[0] == 0
+        data = said[9] + scale * (said[3] - said[9]) if within else said[3]
+        return (data - x) / (1 - t)
+
+    x = np.float64(start)
+    for k in range(steps):
+        ahead, v = (k + 1) / steps, velocity(x, k / steps)
+        if method == "heun" and k < steps - 1:
+            v = (v + velocity(x + v / steps, ahead)) / 2
+        x = x + v / steps
+    np.testing.assert_allclose(got, x, rtol=1e-5, atol=1e-6)
+
+
+def test_start_has_the_size_of_the_noise():
+    """One step of a net that says velocity 0 leaves the start."""
+    still = lambda variables, x, t, labels, mode: jnp.zeros_like(x)
+    options = {"denoise": still}
+    one, two = (
+        sample(FlowMatching(noise_scale=s), "euler", Segment(steps=1), **options) for s in (1, 2)
+    )
+    np.testing.assert_allclose(two, 2 * one, rtol=1e-6)
+    assert 0.5 < float(jnp.std(one)) < 2
+
+
 def test_guidance_compiles_once():
     sampler = sampler_of(GAUSSIAN, "ddpm", Segment(steps=3))
 
@@ -299,6 +340,13 @@ def test_rows_on_devices():
         (GAUSSIAN, {"segments": []}, "no segments"),
         (GAUSSIAN, {"segments": [Segment(steps=101)]}, "wants 101 of the 100"),
         (GAUSSIAN, {"interval": (0.5, 0.2)}, "interval"),
+        (GAUSSIAN, {"guided_times": (0.1, 1.0)}, "of flow matching"),
+        (FlowMatching(), {"method": "euler", "guided_times": (0.5, 0.1)}, "within 0..1"),
+        (
+            FlowMatching(),
+            {"method": "euler", "guided_times": (0.1, 1.0), "interval": (0.0, 0.9)},
+            "give one of them",
+        ),
         (GAUSSIAN, {"reset_history": True}, "reset_history"),
         (GAUSSIAN, {"sde": SDE()}, "SDE"),
         (FlowMatching(), {"method": "euler", "clip": True}, "clip"),

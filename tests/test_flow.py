@@ -98,6 +98,71 @@ def test_weights(path):
     np.testing.assert_allclose(rows["likelihood"], rows["none"] * d / sigma**2, rtol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "path, predict",
+    [(p, says) for p in PATHS for says in ("velocity", "noise", "score")] + [("linear", "data")],
+)
+def test_scaled_noise_is_the_usual_one_in_other_units(path, predict):
+    """A net for noise of size s on data x is one for noise of size 1 on x / s."""
+    scale = 2.5
+    usual = FlowMatching(path=path, predict=predict)
+    scaled = FlowMatching(path=path, predict=predict, noise_scale=scale)
+    x, out, noise = draw(0), draw(1), draw(2)
+    said = {"velocity": scale * out, "noise": out, "score": out / scale, "data": scale * out}
+    by_velocity = lambda f: lambda p, out, x, t: f(p, flow.velocity(p, out, x, t), x, t)
+    pairs = [
+        (flow.velocity, scale), (flow.score, 1 / scale),
+        (by_velocity(flow.score_from_velocity), 1 / scale),
+        (by_velocity(flow.noise_from_velocity), 1.0),
+        (by_velocity(lambda *a: flow.ends(*a)[0]), scale),
+        (by_velocity(lambda *a: flow.ends(*a)[1]), 1.0),
+        (lambda p, out, x, t: flow.interpolate(p, x, t, noise)[0], scale),
+        (lambda p, out, x, t: flow.interpolate(p, x, t, noise)[1], scale),
+    ]  # fmt: skip
+    for convert, factor in pairs:
+        got, want = convert(scaled, said[predict], scale * x, TIMES), convert(usual, out, x, TIMES)
+        size = float(jnp.abs(want).max())
+        np.testing.assert_allclose(got / factor, want, rtol=1e-3, atol=1e-4 * size)
+    loss = lambda process, out, x: flow.training_loss(process, lambda *_: out, x, TIMES, noise)[0]
+    factor = {"velocity": scale**2, "data": scale**2}.get(predict, 1.0)
+    np.testing.assert_allclose(
+        loss(scaled, said[predict], scale * x) / factor, loss(usual, out, x), rtol=1e-4
+    )
+
+
+def test_data_have_a_velocity():
+    """That of the best guess of Gaussian data; near t = 1 as if 1 - t were `floor`."""
+    process, x = FlowMatching(predict="data"), draw(0)
+    truth = known("linear", x, TIMES)
+    total = (TIMES**2 * 0.25 + (1 - TIMES) ** 2).reshape(-1, 1, 1, 1)
+    out = TIMES.reshape(-1, 1, 1, 1) * 0.25 / total * x
+    np.testing.assert_allclose(flow.velocity(process, out, x, TIMES), truth["velocity"], atol=1e-4)
+    np.testing.assert_allclose(flow.score(process, out, x, TIMES), truth["score"], rtol=1e-3)
+    late = flow.velocity(process, out, x, jnp.array(0.99))
+    np.testing.assert_allclose(late, (out - x) / 0.05, rtol=1e-5)
+
+
+def test_loss_of_data_is_that_of_their_velocity():
+    process, x, noise = FlowMatching(predict="data", floor=0.1), draw(0), draw(1)
+    loss, _ = flow.training_loss(process, lambda x_t, t: x, x, TIMES, noise)
+    np.testing.assert_array_equal(loss, 0)
+    off, parts = flow.training_loss(process, lambda x_t, t: x + 1, x, TIMES, noise)
+    np.testing.assert_allclose(off, 1 / np.array([0.95, 0.7, 0.3, 0.1]) ** 2, rtol=1e-4)
+    np.testing.assert_array_equal(off, parts["mse"])
+
+
+def test_logit_normal_times():
+    process = FlowMatching(times="logit_normal", time_mean=-0.8, time_std=0.8)
+    drawn = flow.draw_times(process, jax.random.key(0), 20000)
+    spread = flow.spread_times(process, jax.random.key(0), 1000)
+    for t in (drawn, spread):
+        assert t.dtype == jnp.float32
+        logits = np.log(t) - np.log1p(-np.float64(t))
+        assert np.mean(logits) == pytest.approx(-0.8, abs=0.02)
+        assert np.std(logits) == pytest.approx(0.8, abs=0.02)
+    assert np.all(np.diff(spread) > 0)
+
+
 def test_net_sees_time_as_it_is():
     seen = []
 
@@ -126,6 +191,8 @@ def test_sampling_interval():
     assert interval(FlowMatching()) == (0.0, 1.0)
     assert interval(FlowMatching(predict="noise")) == (1e-3, 1 - 1e-3)
     assert interval(FlowMatching(path="vp")) == (0.0, 1 - 1e-3)
+    assert interval(FlowMatching(predict="data")) == (0.0, 1.0)
+    assert interval(FlowMatching(predict="data"), form="sigma") == (0.0, 1 - 1e-3)
     assert interval(FlowMatching(), form="sigma", last_size=0.04) == (0.0, 0.96)
     assert interval(FlowMatching(), form="sbdm", last_size=0.04) == (1e-3, 0.96)
 
@@ -146,8 +213,13 @@ def test_diffusion_forms():
 
 @pytest.mark.parametrize(
     "options",
-    [{"path": "cosine"}, {"predict": "eps"}, {"weighting": "snr"}, {"weighting": "likelihood"}],
-)
+    [
+        {"path": "cosine"}, {"predict": "eps"}, {"weighting": "snr"}, {"weighting": "likelihood"},
+        {"times": "normal"}, {"time_mean": -0.8}, {"times": "logit_normal", "time_std": 0.0},
+        {"noise_scale": -1.0}, {"floor": 0.1}, {"predict": "data", "floor": 0.0},
+        {"predict": "data", "path": "vp"}, {"predict": "data", "weighting": "velocity"},
+    ],
+)  # fmt: skip
 def test_settings_refused(options):
     with pytest.raises(ValueError, match=str(list(options.values())[-1])):
         FlowMatching(**options)

@@ -137,6 +137,25 @@ def guided_iterations(steps: int, interval: tuple[float, float]) -> np.ndarray:
     return (low <= middle) & (middle <= high)
 
 
+def guides_at(times: tuple[float, float], t: Array | float) -> Array:
+    """Whether guidance acts at time t of a flow: low < t < high, and at 0 where low is 0. In
+    float32."""
+    low, high = (np.float32(a) for a in times)
+    t = jnp.asarray(t, jnp.float32)
+    return ((t > low) | ((low == 0) & (t == 0))) & (t < high)
+
+
+def check_guided_times(process, times: tuple[float, float], interval) -> None:
+    """Raises ValueError unless `guided_times` are (low, high) within 0..1, of a flow, without an
+    `interval`."""
+    if not isinstance(process, FlowMatching):
+        raise ValueError(f"guided_times={times} are of flow matching; give interval instead")
+    if tuple(interval) != (0.0, 1.0):
+        raise ValueError(f"interval={tuple(interval)} and guided_times={times}: give one of them")
+    if len(times) != 2 or not 0 <= times[0] < times[1] <= 1:
+        raise ValueError(f"guided_times={times}; it is (low, high) within 0..1")
+
+
 def make_trajectory(
     denoise: Denoise,
     process: GaussianDiffusion | FlowMatching | Solver,
@@ -148,6 +167,7 @@ def make_trajectory(
     clip: bool = False,
     guidance_channels: int = 0,
     interval: tuple[float, float] = (0.0, 1.0),
+    guided_times: tuple[float, float] | None = None,
     null_label: int | None = None,
     sde: SDE | None = None,
     reset_history: bool = False,
@@ -177,6 +197,8 @@ def make_trajectory(
     if null_label is None and any(s.guide == "null" and s.scale is not None for s in segments):
         raise ValueError("a segment has a guidance scale, but null_label is not set")
 
+    if guided_times is not None:
+        check_guided_times(process, guided_times, interval)
     acts = guided_iterations(total, interval)
     pieces: list[tuple[int, int, Segment, bool]] = []
     for begin, end, segment in zip(starts, ends, segments):
@@ -195,7 +217,7 @@ def make_trajectory(
             scale = guidance if segment.scale is None else segment.scale
             predict = _bind(
                 denoise, variables, labels, segment, scale if guided else None,
-                null_label=null_label, channels=channels,
+                null_label=null_label, channels=channels, times=guided_times,
             )  # fmt: skip
 
             def one(state, inputs, predict=predict):
@@ -224,6 +246,7 @@ def make_diffusion_sampler(
     clip: bool = False,
     guidance_channels: int = 0,
     interval: tuple[float, float] = (0.0, 1.0),
+    guided_times: tuple[float, float] | None = None,
     null_label: int | None = None,
     sde: SDE | None = None,
     reset_history: bool = False,
@@ -246,6 +269,8 @@ def make_diffusion_sampler(
             variances. The published figures of DiT and SiT were drawn with 3 of 4.
         interval: guidance acts while the iteration's place between 0 (clean) and 1 (noise) is
             within (arXiv 2404.07724); other iterations do not compute the guiding prediction.
+        guided_times: instead, in units of the flow's time: guidance acts at every evaluation of the
+            net whose time is within, see `guides_at`. The published JiT figures were drawn so.
         null_label: the label of no class.
         sde: settings of "sde".
         reset_history: "dpm++2m" begins anew, at order 1, in every segment.
@@ -267,8 +292,8 @@ def make_diffusion_sampler(
     """
     trajectory = make_trajectory(
         denoise, process, method=method, segments=segments, respacing=respacing, eta=eta, clip=clip,
-        guidance_channels=guidance_channels, interval=interval, null_label=null_label, sde=sde,
-        reset_history=reset_history,
+        guidance_channels=guidance_channels, interval=interval, guided_times=guided_times,
+        null_label=null_label, sde=sde, reset_history=reset_history,
     )  # fmt: skip
     shape = tuple(shape)
 
@@ -324,12 +349,17 @@ def _solver(process, method, steps, *, respacing, eta, clip, sde, restarts) -> S
     return solver
 
 
-def _bind(denoise, variables, labels, segment, scale, **options) -> Callable[[Array, Array], Array]:
-    """predict(x, scalar time) -> the guided output of a stretch."""
+def _bind(
+    denoise, variables, labels, segment, scale, times=None, **options
+) -> Callable[[Array, Array], Array]:
+    """predict(x, scalar time) -> the guided output of a stretch; see `guided_times`."""
 
     def predict(x, time):
         t = jnp.full((x.shape[0],), time)
-        return guided_prediction(denoise, variables, x, t, labels, segment, scale, **options)
+        out = lambda s: guided_prediction(denoise, variables, x, t, labels, segment, s, **options)
+        if times is None or scale is None:
+            return out(scale)
+        return lax.cond(guides_at(times, time), lambda: out(scale), lambda: out(None))
 
     return predict
 

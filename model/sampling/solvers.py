@@ -207,7 +207,9 @@ def flow_solver(process: FlowMatching, method: str, steps: int, sde: SDE | None 
     """Solvers of flow matching, over `steps` iterations on an even grid.
 
     "euler" and "heun" (two evaluations a step) of the ODE dx = v dt; "sde": Euler-Maruyama, of
-    whose iterations the last is the last step of `sde` (arXiv 2401.08740, section 3.3).
+    whose iterations the last is the last step of `sde` (arXiv 2401.08740, section 3.3). Where the
+    net says the data, the last step of "heun" is one of "euler", for the data have no velocity at
+    t = 1 (JiT, arXiv 2511.13720).
 
     Raises:
         ValueError: an unknown method, settings of the SDE without it, or too few steps.
@@ -221,15 +223,19 @@ def flow_solver(process: FlowMatching, method: str, steps: int, sde: SDE | None 
     start, end = flow.sampling_interval(process)
     grid = np.linspace(start, end, steps + 1)
     numbers = {"t": grid[:-1], "next": grid[1:], "dt": np.diff(grid)}
+    numbers["last"] = np.arange(steps) == steps - 1
+    data = process.predict == "data"
+    velocity_of = lambda predict, x, t: flow.velocity(process, predict(x, t), x, t)
 
     def step(predict, x, at, noise):
-        v = flow.velocity(process, predict(x, at["t"]), x, at["t"])
+        v = velocity_of(predict, x, at["t"])
         if method == "heun":
             ahead = x + at["dt"] * v
-            v = 0.5 * (v + flow.velocity(process, predict(ahead, at["next"]), ahead, at["next"]))
+            corrected = lambda: 0.5 * (v + velocity_of(predict, ahead, at["next"]))
+            v = lax.cond(at["last"], lambda: v, corrected) if data else corrected()
         return x + at["dt"] * v, {}
 
-    return Solver(numbers, lambda x: x, step)
+    return Solver(numbers, lambda x: process.noise_scale * x, step)
 
 
 def _euler_maruyama(process: FlowMatching, steps: int, sde: SDE) -> Solver:
@@ -257,12 +263,12 @@ def _euler_maruyama(process: FlowMatching, steps: int, sde: SDE) -> Solver:
         if sde.last == "euler":
             new = jnp.where(at["noisy"], new, x + dt * v)
         elif sde.last == "tweedie":
-            c = flow.path_coefficients(process.path, t)
+            c = flow.coefficients(process, t)
             clean = (x + c.sigma**2 * score) / c.alpha
             new = jnp.where(at["noisy"], new, clean)
         return new, {}
 
-    return Solver(numbers, lambda x: x, step)
+    return Solver(numbers, lambda x: process.noise_scale * x, step)
 
 
 def slice_inputs(inputs: Any, start: int, end: int, dtype) -> Any:

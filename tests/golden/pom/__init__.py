@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from . import jit
 from .dih import block, image
 from .hom import hom, hom_stream
 from .kernels import kernel
@@ -29,4 +30,7 @@ FAMILIES = {
     "t2i": video,
     "smp": image_sampler,
     "smp_video": video_sampler,
+    "jit_block": jit.block,
+    "jit_model": jit.model,
+    "smp_jit": jit.sampler,
 }
