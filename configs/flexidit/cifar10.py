@@ -2,8 +2,9 @@
 
 Paper: FlexiDiT, arXiv 2502.20126 (a small relative: 27 M parameters, 32x32 pixels).
 Cost: 5.0 Gmacs (10^9 multiply-adds) forward per image at patch size 2, 1.2 at 4; 15 K updates of
-256 for the DiT, 4 K for both patch sizes. Meant for some 10 minutes on one H200.
-Expected: see benchmarks/README.md, "Quality of FlexiDiT's budgets".
+256 for the DiT, 4 K for both patch sizes. Not run; sized for some 10 minutes
+of one H200 by count of operations.
+Meant for benchmarks/flexidit_quality.py.
 Command: lintime train flexidit/cifar10 data.path=cifar10.npz stages.0.data.path=cifar10.npz
 The .npz holds `images` uint8 [N, 32, 32, 3] and `labels` [N].
 """

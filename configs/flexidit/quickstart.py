@@ -3,7 +3,7 @@
 Paper: FlexiDiT, arXiv 2502.20126 (a very small relative on scikit-learn's 1,797 digits, 8x8 pixels
 shown at 16x16). Stage 0 is the DiT. Both predict the clean image: of noise, an 8x8 patch of three
 channels has more than the 128 numbers of a token.
-Measured: 149 s on 2 CPU cores that had other work as well, start to samples.
+Measured: 92 s on 2 CPU cores, start to samples.
 Command: lintime train flexidit/quickstart
 """
 

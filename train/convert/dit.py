@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -105,12 +105,32 @@ def from_run(
     Raises:
         UserError: the layout cannot hold the model, or is that of the other process.
     """
-    fits = "sit" if isinstance(run.process, FlowMatching) else "dit"
+    fits, reference = fitting(run, run_dir, layout, LAYOUTS, layout_of.dit_fields)
+    params = load_weights(run, run_dir)["params"]
+    return fits, reference, layout_of.dit_to_reference(params, run.net)
+
+
+def fitting(
+    run: Run,
+    run_dir: str | Path,
+    layout: str | None,
+    layouts: Iterable[str],
+    fields: Callable[[Any], dict[str, Any]],
+) -> tuple[str, dict[str, Any]]:
+    """The layout of a run's process, and the hyperparameters under its names.
+
+    Args:
+        layout: the one asked for; None takes any. layouts: of diffusion, and of flow matching.
+        fields: of a net, its hyperparameters.
+
+    Raises:
+        UserError: the layout cannot hold the model, or is that of the other process.
+    """
+    diffusion, flow = layouts
+    fits = flow if isinstance(run.process, FlowMatching) else diffusion
     if layout not in (None, fits):
         raise UserError(f"{run_dir} was trained for layout {fits}, not {layout}; use that")
     try:
-        reference = layout_of.dit_fields(run.net)
+        return fits, fields(run.net)
     except ValueError as error:
         raise UserError(f"{run_dir} does not fit the layout: {error}") from error
-    params = load_weights(run, run_dir)["params"]
-    return fits, reference, layout_of.dit_to_reference(params, run.net)

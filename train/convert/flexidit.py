@@ -11,7 +11,6 @@ import numpy as np
 
 from ...model.convert import flexidit as layout_of
 from ...model.nets.flexidit import FlexiDiTConfig
-from ...model.processes.flow import FlowMatching
 from ..errors import UserError
 from ..override import apply_overrides
 from ..resolution import check_positions_of
@@ -75,13 +74,8 @@ def from_run(
     Raises:
         UserError: the layout cannot hold the model, or is that of the other process.
     """
-    fits = "flexisit" if isinstance(run.process, FlowMatching) else "flexidit"
-    if layout not in (None, fits):
-        raise UserError(f"{run_dir} was trained for layout {fits}, not {layout}; use that")
-    try:
-        reference = layout_of.flexidit_fields(run.net)
-    except ValueError as error:
-        raise UserError(f"{run_dir} does not fit the layout: {error}") from error
+    fields = layout_of.flexidit_fields
+    fits, reference = convert_dit.fitting(run, run_dir, layout, LAYOUTS, fields)
     weights = load_weights(run, run_dir)
     tree = {**weights["params"], **weights["stats"]}
     return fits, reference, layout_of.flexidit_to_reference(tree, run.net)
