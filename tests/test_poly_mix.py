@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec as P
 
 from lintime.kernels_pallas import poly_mix as op
 from lintime.kernels_pallas.compat import auto_mesh, enable_x64
-from lintime.kernels_pallas.poly_mix import PolyState, poly_mix
+from lintime.kernels_pallas.poly_mix import PolyState, pallas_tpu, poly_mix
 from lintime.kernels_pallas.poly_mix.sharded import poly_mix_sharded
 from lintime.kernels_pallas.time_axis import valid_mask
 
@@ -18,6 +18,14 @@ from .kernel_base import Spec, assert_close, kernel_tests, to_numpy
 
 B, E, DEGREE = 2, 8, 3
 XLA = {"xla": {"implementation": "xla"}}
+KERNELS = XLA | {"pallas_tpu": {"implementation": "pallas_tpu"}}
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch):
+    """Blocks of tokens that a few fill and leave, also within the interpreter."""
+    monkeypatch.setattr(pallas_tpu, "BLOCK_T", 16)
+    monkeypatch.setattr(pallas_tpu, "BLOCK_E", 128)
 
 
 def make_inputs(rng, length, dtype):
@@ -44,6 +52,7 @@ def frames_of(length):
 def mixed(h, *, form, axes=0, lengths=None, weights=None, **rest):
     """The op with a row per token, whatever the form, padding as weights of 0."""
     n = h.shape[1]
+    equal = next(k for k in (4, 3, 2, 5, 7, 1) if n % k == 0)  # frames of this many tokens
     if lengths is not None:
         weights = jnp.where(valid_mask(lengths, n), weights, 0)
     if axes:
@@ -51,7 +60,10 @@ def mixed(h, *, form, axes=0, lengths=None, weights=None, **rest):
         frequencies = op.rope_frequencies(E, axes, 50.0)
         acc = jnp.promote_types(h.dtype, jnp.float32)
         rest["rotation"] = op.rope_rotation(positions.astype(acc), frequencies, axes)
-    frames = {"mean": (n,), "frames": frames_of(n), "causal": None}[form]
+    frames = {
+        "mean": (n,), "frames": frames_of(n), "equal_frames": (equal,) * (n // equal),
+        "causal": None,
+    }[form]  # fmt: skip
     if form == "mean":
         out, state = poly_mix(h, weights=weights, **rest)
     else:
@@ -68,17 +80,16 @@ def spec(form, axes=0, **changes):
         batch_axis={"h": 0, "weights": 0},
         grad=("h", "coeff", "state"),
         constant=("count",),
-        variants=XLA,
-        block=4,
-        causal=form == "causal",
-        **changes,
+        **{"variants": XLA, "block": 4, "causal": form == "causal"} | changes,
     )
 
 
 # What does not depend on the form is checked on causal rows.
 ONCE = ("vmap", "remat", "shard_map", "state", "reference-T3", "reference-T4")
-test_causal = kernel_tests(spec("causal"))
-test_mean = kernel_tests(spec("mean", skip=("vmap", "remat", "reference-T3")))
+test_causal = kernel_tests(spec("causal", variants=KERNELS, block=16))
+test_mean = kernel_tests(spec("mean", variants=KERNELS, block=16, skip=("remat", "reference-T16")))
+TPU = {"variants": {"pallas_tpu": KERNELS["pallas_tpu"]}, "block": 8}
+test_equal_frames = kernel_tests(spec("equal_frames", skip=("vmap", "remat", "state"), **TPU))
 test_frames = kernel_tests(spec("frames", skip=("vmap", "remat", "reference-T3")))
 test_rotated = kernel_tests(spec("causal", axes=1, skip=(*ONCE, "prefix", "split", "no_state")))
 test_rotated_in_two = kernel_tests(spec("mean", axes=2, skip=(*ONCE, "no_state")))

@@ -15,12 +15,17 @@ from jax import Array
 from .. import dispatch
 from .aggregate import aggregate, repeat_frames, runs
 from .operands import prepare, unable
+from .pallas_tpu import poly_mix_tpu
 from .reference import activation, poly_mix_reference
 from .rope import Rotation, rope_frequencies, rope_rotation, rotate
 from .state import PolyState, init_state, merge_states
 from .xla import poly_mix_xla, polynomial
 
-IMPLEMENTATIONS = {"reference": poly_mix_reference, "xla": poly_mix_xla}
+IMPLEMENTATIONS = {
+    "reference": poly_mix_reference,
+    "xla": poly_mix_xla,
+    "pallas_tpu": poly_mix_tpu,
+}
 
 
 def poly_mix(
@@ -56,7 +61,8 @@ def poly_mix(
             rotated before they are summed.
         state: mean and count of the tokens before the first one; None is none.
         dtype: of the rows; None means h's. Sums, counts and the state are float32 in any case.
-        implementation: None (best available), "reference" (mask matrices), "xla".
+        implementation: None (best available), "reference" (mask matrices), "xla", "pallas_tpu" (no
+            rotation, no query_weights, frames of one length), or "pallas" for this device's kernel.
 
     Returns:
         rows [B, R, E] with R = 1, N, F or M, 0 where a row sees no weight; and the state after the
@@ -70,7 +76,7 @@ def poly_mix(
     frames = None if frames is None else tuple(int(length) for length in frames)
     operands = prepare(h, coeff, weights, rotation, state, query_weights, causal, frames)
     name = dispatch.resolve(
-        "poly_mix", implementation, IMPLEMENTATIONS, unable=unable(operands), x=operands.h,
+        "poly_mix", implementation, IMPLEMENTATIONS, unable=unable(operands, frames), x=operands.h,
         channels=h.shape[2],
     )  # fmt: skip
     out_dtype = h.dtype if dtype is None else jnp.dtype(dtype)

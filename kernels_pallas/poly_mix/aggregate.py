@@ -94,15 +94,34 @@ def aggregate(
         return rows * _share(jnp.sum(w, axis=2), epsilon)[..., None], None
     batch, n, _ = p.shape
     frames = (n,) if frames is None and not causal else frames
-    if weights is None:
-        ends = np.arange(1, n + 1) if causal else np.cumsum(frames)
-        count = jnp.asarray(ends[None], acc)
-    else:
+    count = counts(n, weights, causal, frames, acc)
+    if weights is not None:
         w = lax.stop_gradient(weights.astype(acc))
         p = spread(w, p) * p
-        count = jnp.cumsum(w if causal else frame_sums(w, frames), axis=1)
     sums = p if causal else frame_sums(p, frames)
     sums = sums if sums.shape[1] == 1 else jnp.cumsum(sums, axis=1)
+    return rows_from_sums(sums, count, state, epsilon)
+
+
+def counts(n: int, weights: Array | None, causal: bool, frames, dtype) -> Array:
+    """Sums of the weights that each row sees, [B, R] or [1, R], as constants; see `aggregate`."""
+    frames = (n,) if frames is None and not causal else frames
+    if weights is None:
+        ends = np.arange(1, n + 1) if causal else np.cumsum(frames)
+        return jnp.asarray(ends[None], dtype)
+    w = lax.stop_gradient(weights.astype(dtype))
+    return jnp.cumsum(w if causal else frame_sums(w, frames), axis=1)
+
+
+def rows_from_sums(
+    sums: Array, count: Array, state: PolyState | None, epsilon: float = 0.0
+) -> tuple[Array, PolyState]:
+    """Rows and state of `aggregate`.
+
+    Args:
+        sums: [B, R, E] weighted sums of what each row sees, without the state.
+        count: [B or 1, R] sums of those weights.
+    """
     if state is not None:
         before = lax.stop_gradient(state.count)[:, None]
         count = before + count
@@ -110,7 +129,7 @@ def aggregate(
         rows = share * sums + (share * before[..., None]) * state.mean[:, None]
     else:
         rows = sums * _share(count, epsilon)[..., None]
-    last = jnp.broadcast_to(count[:, -1], (batch,))
+    last = jnp.broadcast_to(count[:, -1], (sums.shape[0],))
     return rows, PolyState(rows[:, -1], last)
 
 

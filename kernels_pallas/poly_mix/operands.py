@@ -33,10 +33,15 @@ class Operands(NamedTuple):
     query_weights: Array | None
 
 
-def unable(operands: Operands) -> dict[str, str | None]:
+def unable(operands: Operands, frames: tuple[int, ...] | None) -> dict[str, str | None]:
     """What which implementation does not take, as `dispatch.resolve` wants it."""
-    del operands
-    return {}
+    tpu = {
+        "float64 features": operands.h.dtype == jnp.float64,
+        "query_weights": operands.query_weights is not None,
+        "a rotation": operands.rotation is not None,
+        "frames of different lengths": len(set(frames or ())) > 1,
+    }
+    return {"pallas_tpu": next((what for what, so in tpu.items() if so), None)}
 
 
 def prepare(
