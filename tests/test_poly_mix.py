@@ -1,6 +1,7 @@
 """Polynomial mixer: every implementation and form of mask against the float64 definition."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -8,24 +9,31 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from lintime.kernels_pallas import poly_mix as op
+from lintime.kernels_pallas import dispatch, poly_mix as op
 from lintime.kernels_pallas.compat import auto_mesh, enable_x64
 from lintime.kernels_pallas.poly_mix import PolyState, pallas_tpu, poly_mix
 from lintime.kernels_pallas.poly_mix.sharded import poly_mix_sharded
 from lintime.kernels_pallas.time_axis import valid_mask
 
-from .kernel_base import Spec, assert_close, kernel_tests, to_numpy
+from .kernel_base import (
+    Spec,
+    assert_close,
+    check_remat,
+    check_vmap,
+    kernel_tests,
+    to_numpy,
+)
 
 B, E, DEGREE = 2, 8, 3
 XLA = {"xla": {"implementation": "xla"}}
-KERNELS = XLA | {"pallas_tpu": {"implementation": "pallas_tpu"}}
+TPU = {"pallas_tpu": {"implementation": "pallas_tpu"}}
 
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
-    """Blocks of tokens that a few fill and leave, also within the interpreter."""
-    monkeypatch.setattr(pallas_tpu, "BLOCK_T", 16)
-    monkeypatch.setattr(pallas_tpu, "BLOCK_E", 128)
+    """Blocks of two chunks of two tiles, that a few tokens fill and leave."""
+    monkeypatch.setattr(pallas_tpu, "BLOCK_T", 32)
+    monkeypatch.setattr(pallas_tpu, "CHUNK", 16)
 
 
 def make_inputs(rng, length, dtype):
@@ -52,7 +60,6 @@ def frames_of(length):
 def mixed(h, *, form, axes=0, lengths=None, weights=None, **rest):
     """The op with a row per token, whatever the form, padding as weights of 0."""
     n = h.shape[1]
-    equal = next(k for k in (4, 3, 2, 5, 7, 1) if n % k == 0)  # frames of this many tokens
     if lengths is not None:
         weights = jnp.where(valid_mask(lengths, n), weights, 0)
     if axes:
@@ -60,10 +67,7 @@ def mixed(h, *, form, axes=0, lengths=None, weights=None, **rest):
         frequencies = op.rope_frequencies(E, axes, 50.0)
         acc = jnp.promote_types(h.dtype, jnp.float32)
         rest["rotation"] = op.rope_rotation(positions.astype(acc), frequencies, axes)
-    frames = {
-        "mean": (n,), "frames": frames_of(n), "equal_frames": (equal,) * (n // equal),
-        "causal": None,
-    }[form]  # fmt: skip
+    frames = {"mean": (n,), "frames": frames_of(n), "causal": None}[form]
     if form == "mean":
         out, state = poly_mix(h, weights=weights, **rest)
     else:
@@ -86,13 +90,75 @@ def spec(form, axes=0, **changes):
 
 # What does not depend on the form is checked on causal rows.
 ONCE = ("vmap", "remat", "shard_map", "state", "reference-T3", "reference-T4")
-test_causal = kernel_tests(spec("causal", variants=KERNELS, block=16))
-test_mean = kernel_tests(spec("mean", variants=KERNELS, block=16, skip=("remat", "reference-T16")))
-TPU = {"variants": {"pallas_tpu": KERNELS["pallas_tpu"]}, "block": 8}
-test_equal_frames = kernel_tests(spec("equal_frames", skip=("vmap", "remat", "state"), **TPU))
+test_causal = kernel_tests(spec("causal"))
+test_mean = kernel_tests(spec("mean", skip=("vmap", "remat", "reference-T3")))
 test_frames = kernel_tests(spec("frames", skip=("vmap", "remat", "reference-T3")))
 test_rotated = kernel_tests(spec("causal", axes=1, skip=(*ONCE, "prefix", "split", "no_state")))
 test_rotated_in_two = kernel_tests(spec("mean", axes=2, skip=(*ONCE, "no_state")))
+
+# The TPU's interpreter goes neither through vmap nor remat (see below), and it is slow. "split"
+# implies "prefix", and states without tokens are not up to the kernels.
+APART = ("vmap", "remat", "prefix", "state", "no_state", "reference-T15", "reference-T16")
+test_causal_tpu = kernel_tests(spec("causal", variants=TPU, block=16, skip=APART))
+test_mean_tpu = kernel_tests(
+    spec("mean", variants=TPU, block=16, skip=(*{*APART} - {"prefix"}, "bfloat16"))
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("check", [check_vmap, check_remat])
+@pytest.mark.parametrize("form", ["mean", "causal"])
+def test_tpu_kernels_under_vmap_and_remat(check, form, monkeypatch):
+    """By Pallas' plain interpreter, which knows nothing of TPUs but goes through both."""
+    monkeypatch.setattr(dispatch, "interpret", lambda platform: True)
+    check(spec(form, variants=TPU, block=16), "pallas_tpu")
+
+
+@pytest.mark.parametrize("degree, dtype", [(1, jnp.float32), (8, jnp.float32), (4, jnp.bfloat16)])
+@pytest.mark.parametrize("form", [{}, {"causal": True}, {"frames": (9,) * 5}, {"frames": (40, 40)}])
+def test_tpu_kernels_at_odd_sizes(form, degree, dtype, monkeypatch):
+    """Values and gradients of all degrees and forms, of more channels than a block, with and
+    without weights and states; NaN where there is no weight."""
+    monkeypatch.setattr(pallas_tpu, "BLOCK_E", 128)
+    rng, width = np.random.default_rng(3), 131
+    n = sum(form.get("frames", (37,)))
+    h = jnp.asarray(4 * rng.standard_normal((B, n, width)) - 1, dtype)
+    coeff = jnp.asarray(rng.standard_normal((width, degree)) / 4.0 ** np.arange(degree), "float32")
+    state = PolyState(jnp.asarray(rng.standard_normal((B, width)), "float32"), jnp.array([0.0, 7]))
+    weights = jnp.asarray(rng.integers(0, 3, (B, n))).at[1, : n // 2].set(0)
+    seed = jnp.asarray(rng.standard_normal((B, n, width)), jnp.float32)
+
+    def run(implementation, plain):
+        def loss(h, coeff, state):
+            options = {} if plain else {"weights": weights, "state": state}
+            rows, last = poly_mix(h, coeff, implementation=implementation, **options, **form)
+            rows = rows.astype(jnp.float32)
+            total = jnp.sum(rows * seed[:, : rows.shape[1]]) + jnp.sum(last.mean * seed[:, 0])
+            return total, (rows, last)
+
+        x = h if plain else jnp.where(weights[..., None] != 0, h, jnp.nan)
+        grads, out = jax.jit(jax.grad(loss, (0, 1, 2), has_aux=True))(x, coeff, state)
+        return to_numpy((out, grads[:2], grads[2].mean))
+
+    for plain in (False, True):
+        tolerance = 2e-5 if dtype == jnp.float32 else 2e-2
+        got, want = run("pallas_tpu", plain), run("reference", plain)
+        assert_close(got, want, tolerance, f"plain={plain} ")
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"frames": (6, 7)}, "pallas_tpu does not take frames of different lengths; use .xla"),
+        ({"query_weights": np.ones((1, 2, 13)), "weights": None}, "does not take query_weights"),
+        ({"rotation": op.Rotation(*np.zeros((2, 13, 1, 4)))}, "does not take a rotation"),
+    ],
+)
+def test_what_the_tpu_kernels_do_not_take(change, message):
+    with pytest.raises(ValueError, match=message):
+        poly_mix(**draw(**change), implementation="pallas_tpu")
+    rows, _ = poly_mix(**draw(**change))
+    assert jnp.isfinite(rows).all()
 
 
 def draw(length=13, seed=0, **changes):
@@ -141,7 +207,7 @@ def test_equals_the_definition(form, implementation):
             np.testing.assert_allclose(rows, loop(h, coeff, sees), atol=1e-9)
 
 
-@pytest.mark.parametrize("implementation", ["reference", "xla"])
+@pytest.mark.parametrize("implementation", ["reference", "xla", "pallas_tpu"])
 def test_slopes_at_the_kinks(implementation):
     """The intervals are closed: at 6 and 0 the slope is 1, at -10 it is 0.01, beyond it is 0."""
     h = jnp.asarray([6.0, 6.03125, 0.0, -0.0, -10.0, -10.0625], jnp.bfloat16)
@@ -154,8 +220,14 @@ def test_slopes_at_the_kinks(implementation):
     np.testing.assert_allclose(jax.grad(loss)(h), np.asarray(want, jnp.bfloat16))
 
 
-@pytest.mark.parametrize("implementation", ["reference", "xla"])
-@pytest.mark.parametrize("form", [{}, {"causal": True}, {"frames": (6, 7)}, {"query": True}])
+@pytest.mark.parametrize(
+    "form, implementation",
+    [
+        *itertools.product([{}, {"causal": True}], ["reference", "xla", "pallas_tpu"]),
+        *itertools.product([{"frames": (6, 7)}, {"query": True}], ["reference", "xla"]),
+        ({"frames": (13,)}, "pallas_tpu"),
+    ],
+)
 def test_rows_that_see_nothing(form, implementation):
     """0, and gradients without NaN, even where h is NaN; the count is 0."""
     inputs = draw()
@@ -253,20 +325,34 @@ def test_mistakes_are_named(change, message):
         poly_mix(**draw(**change))
 
 
-@pytest.mark.parametrize("form", [{}, {"causal": True}, {"frames": (1, 3)}])
 @pytest.mark.parametrize("plain", [False, True])
-def test_sharded_tokens_equal_one_device(form, plain):
-    """Values and gradients, from a state and with weights, or without either."""
-    inputs = draw(8)
+@pytest.mark.parametrize(
+    "form, implementation",
+    [
+        *itertools.product([{}, {"causal": True}, {"frames": (1, 3)}], ["xla"]),
+        *itertools.product([{}, {"causal": True}, {"frames": (2, 2)}], ["pallas_tpu"]),
+        ({"causal": True}, "reference"),
+    ],
+)
+def test_sharded_tokens_equal_one_device(form, implementation, plain):
+    """Values and gradients on eight devices, from a state and with weights, some shards without
+    any and NaN there; or without either."""
+    inputs = draw(32)
     before = PolyState(inputs["h"][:, 0], jnp.asarray([3.0, 0.0]))
-    weights, before = (None, None) if plain else (inputs["weights"], before)
-    mesh = auto_mesh((2,), ("time",))
+    if plain:
+        weights = before = None
+    else:
+        weights = inputs["weights"].at[1, :8].set(0).at[0, 12:20].set(0)
+        inputs["h"] = jnp.where(weights[..., None] != 0, inputs["h"], jnp.nan)
+    mesh = auto_mesh((8,), ("time",))
     cut, whole = P(None, "time"), P()
     rows = cut if form else whole
-    single = {"frames": form["frames"] * 2} if "frames" in form else form
+    single = {"frames": form["frames"] * 8} if "frames" in form else form
 
     def spread_out(h, coeff, weights, state):
-        local = functools.partial(poly_mix_sharded, axis_name="time", **form)
+        local = functools.partial(
+            poly_mix_sharded, axis_name="time", implementation=implementation, **form
+        )
         run = lambda h, coeff, weights, state: local(h, coeff, weights=weights, state=state)
         specs = {"in_specs": (cut, whole, cut, whole), "out_specs": (rows, whole)}
         return jax.shard_map(run, mesh=mesh, check_vma=True, **specs)(h, coeff, weights, state)
@@ -280,7 +366,9 @@ def test_sharded_tokens_equal_one_device(form, plain):
         go = jax.jit(jax.grad(loss, moving, has_aux=True))
         return to_numpy(go(inputs["h"], inputs["coeff"], before))
 
-    want = run(lambda h, c, w, s: poly_mix(h, c, weights=w, state=s, **single))
+    want = run(
+        lambda h, c, w, s: poly_mix(h, c, weights=w, state=s, implementation="xla", **single)
+    )
     (grads, out), (want_grads, want_out) = run(spread_out), want
     assert_close(out, want_out, 1e-5, "sharded ")
     drop = lambda g: g if plain else (*g[:2], g[2].mean)
