@@ -142,6 +142,11 @@ def test_documents_in_a_row():
         y = call(mixer, params, tokens(), segment_ids=ids)
         alone = [call(mixer, params, part) for part in (tokens()[:, :5], tokens()[:, 5:])]
         close(y, jnp.concatenate(alone, axis=1))
+        ids = jnp.asarray([[2, 0, 2, 1, 1, 0, 2, 0, 0, 1, 2, 1]] * B)
+        mask = jnp.ones((B, T)).at[:, 3:6].set(0)
+        matrix = (ids[:, :, None] == ids[:, None]) * mask[:, None]
+        want = call(mixer, params, tokens(), query_mask=jnp.tril(matrix) if causal else matrix)
+        close(call(mixer, params, tokens(), segment_ids=ids, mask=mask), want)
 
 
 def test_bfloat16():

@@ -18,6 +18,7 @@ from .operands import prepare, unable
 from .pallas_tpu import poly_mix_tpu
 from .reference import activation, poly_mix_reference
 from .rope import Rotation, rope_frequencies, rope_rotation, rotate
+from .segments import poly_mix_segments, segment_means
 from .state import PolyState, init_state, merge_states
 from .xla import poly_mix_xla, polynomial
 
@@ -92,10 +93,12 @@ __all__ = [
     "init_state",
     "merge_states",
     "poly_mix",
+    "poly_mix_segments",
     "polynomial",
     "repeat_frames",
     "rope_frequencies",
     "rope_rotation",
     "rotate",
     "runs",
+    "segment_means",
 ]

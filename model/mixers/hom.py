@@ -23,6 +23,7 @@ from ...kernels_pallas.poly_mix import (
     init_state,
     merge_states,
     repeat_frames,
+    segment_means,
 )
 from ...kernels_pallas.time_axis import valid_mask
 from ..layers.parted_dense import PartedDense
@@ -96,7 +97,8 @@ class HigherOrderMixer(nn.Module):
             context: [B, N, d] tokens instead of x.
             context_mask, mask: [B, N] weights of the tokens of the context, of x: bool, integer or
                 float, 0 for padding. Queries of weight 0 are answered like the others.
-            segment_ids: [B, T] document ids; tokens see their document. At quadratic cost.
+            segment_ids: [B, T] document ids; tokens see their document. At linear cost
+                (`segment_means`), wherever the tokens of a document lie.
             frames: lengths of the frames in which the tokens of x come: block-causal mixing, frame
                 f sees the frames up to f.
             query_mask: [B, T, N] or [1, T, N] weight of each token for each query, instead of all
@@ -118,17 +120,17 @@ class HigherOrderMixer(nn.Module):
             raise ValueError("mask and segment_ids say nothing about a context")
         if context is not None and (frames is not None or self.causal):
             raise ValueError("frames and causal say nothing about a context; give a query_mask")
+        if segment_ids is not None and (frames is not None or query_mask is not None):
+            raise ValueError("segment_ids, frames and query_mask are three masks; give one")
         weights, causal = mask if context is None else context_mask, self.causal
-        if segment_ids is not None:
-            query_mask = segment_ids[:, :, None] == segment_ids[:, None, :]
-            query_mask = jnp.tril(query_mask) if causal else query_mask
-            query_mask = query_mask if weights is None else query_mask * weights[:, None]
-            weights, causal = None, False
         x = constrain(x, "batch", "seq", None)
         p = self._products(x if context is None else context, weights)
-        rows, _ = aggregate(
-            p, weights=weights, causal=causal, frames=frames, query_weights=query_mask
-        )
+        if segment_ids is not None:
+            rows = segment_means(p, segment_ids, weights=weights, causal=causal)
+        else:
+            rows, _ = aggregate(
+                p, weights=weights, causal=causal, frames=frames, query_weights=query_mask
+            )
         self.sow("intermediates", "aggregated", rows)
         return self._select(x, rows, frames), {}
 

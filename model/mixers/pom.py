@@ -21,6 +21,7 @@ from ...kernels_pallas.poly_mix import (
     Rotation,
     init_state,
     poly_mix,
+    poly_mix_segments,
     repeat_frames,
     rope_frequencies,
     rope_rotation,
@@ -239,7 +240,8 @@ class PolynomialMixer(nn.Module):
                 float, 0 for padding. Queries of weight 0 are answered like the others.
             positions: with rope: [T] or [B, T] ("1d"; None counts from 0), [T, 2] or [B, T, 2]
                 rows and columns ("2d"; needed).
-            segment_ids: [B, T] document ids; tokens see their document. At quadratic cost.
+            segment_ids: [B, T] document ids; tokens see their document. At linear cost
+                (`segment_means`), wherever the tokens of a document lie.
             context_positions: of the context; None counts from 0 ("1d").
             frames: lengths of the frames in which the tokens come: block-causal mixing, frame f
                 sees the frames up to f.
@@ -258,19 +260,14 @@ class PolynomialMixer(nn.Module):
             raise ValueError("context_mask without a context")
         if context is not None and segment_ids is not None:
             raise ValueError("segment_ids say nothing about a context; give a query_mask")
+        if segment_ids is not None and (frames is not None or query_mask is not None):
+            raise ValueError("segment_ids, frames and query_mask are three masks; give one")
         weights = mask if context is None else context_mask
-        causal = self.causal
-        if segment_ids is not None:
-            query_mask = segment_ids[:, :, None] == segment_ids[:, None, :]
-            if causal:
-                query_mask = jnp.tril(query_mask)
-            if weights is not None:
-                query_mask = query_mask * weights[:, None]
-            weights, causal = None, False
         positions = self._positions(x, context, positions, context_positions)
         y, _ = self._mix(
-            x, context, weights, positions, None, causal, frames, query_frames, query_mask
-        )
+            x, context, weights, positions, None, self.causal, frames, query_frames, query_mask,
+            segment_ids,
+        )  # fmt: skip
         return y, {}
 
     def extend(
@@ -354,7 +351,10 @@ class PolynomialMixer(nn.Module):
                 context_positions = count(context, None if state is None else state.tokens_read)
         return positions, context_positions
 
-    def _mix(self, x, context, weights, positions, state, causal, frames, query_frames, query_mask):
+    def _mix(
+        self, x, context, weights, positions, state, causal, frames, query_frames, query_mask,
+        segment_ids=None,
+    ):  # fmt: skip
         """y, and the state of the tokens."""
         width, _, axes = self.sizes()
         if query_frames is not None and (context is None or frames is None):
@@ -369,13 +369,19 @@ class PolynomialMixer(nn.Module):
             gate = rotate(gate, own).astype(self.dtype)
             frequencies = rope_frequencies(width, axes, self.rope_base)
             rotation = rope_rotation(positions[1], frequencies, axes)
-        per_token = causal or query_mask is not None
-        rows, state = poly_mix(
-            h, self.po_coeff, weights=weights, causal=causal and query_mask is None,
-            frames=frames, query_weights=query_mask, rotation=rotation, state=state,
-            dtype=self.dtype if per_token else jnp.promote_types(self.dtype, jnp.float32),
-            implementation=self.implementation,
-        )  # fmt: skip
+        per_token = causal or query_mask is not None or segment_ids is not None
+        dtype = self.dtype if per_token else jnp.promote_types(self.dtype, jnp.float32)
+        options = {
+            "weights": weights, "rotation": rotation, "dtype": dtype,
+            "implementation": self.implementation,
+        }  # fmt: skip
+        if segment_ids is not None:
+            rows = poly_mix_segments(h, self.po_coeff, segment_ids, causal=causal, **options)
+        else:
+            rows, state = poly_mix(
+                h, self.po_coeff, causal=causal and query_mask is None, frames=frames,
+                query_weights=query_mask, state=state, **options,
+            )  # fmt: skip
         queries = x.shape[1]
         blocks = query_frames or frames
         blocks = (queries,) if blocks is None else tuple(blocks)
