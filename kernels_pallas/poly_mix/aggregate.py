@@ -94,15 +94,27 @@ def aggregate(
         return rows * _share(jnp.sum(w, axis=2), epsilon)[..., None], None
     batch, n, _ = p.shape
     frames = (n,) if frames is None and not causal else frames
-    if weights is None:
-        ends = np.arange(1, n + 1) if causal else np.cumsum(frames)
-        count = jnp.asarray(ends[None], acc)
-    else:
-        w = lax.stop_gradient(weights.astype(acc))
-        p = spread(w, p) * p
-        count = jnp.cumsum(w if causal else frame_sums(w, frames), axis=1)
+    if weights is not None:
+        p = spread(lax.stop_gradient(weights.astype(acc)), p) * p
+    count = counts(batch, n, weights, causal, frames, acc)
     sums = p if causal else frame_sums(p, frames)
     sums = sums if sums.shape[1] == 1 else jnp.cumsum(sums, axis=1)
+    return means(sums, count, state, epsilon)
+
+
+def counts(batch: int, n: int, weights: Array | None, causal: bool, frames, dtype) -> Array:
+    """[B or 1, R] sum of the weights that each row sees, without those of a state."""
+    if weights is None:
+        ends = np.arange(1, n + 1) if causal else np.cumsum(frames)
+        return jnp.asarray(ends[None], dtype)
+    w = lax.stop_gradient(weights.astype(dtype))
+    return jnp.cumsum(w if causal else frame_sums(w, frames), axis=1)
+
+
+def means(
+    sums: Array, count: Array, state: PolyState | None, epsilon: float = 0.0
+) -> tuple[Array, PolyState]:
+    """Rows and state of `aggregate`, of what each row sees summed [B, R, E] and counted."""
     if state is not None:
         before = lax.stop_gradient(state.count)[:, None]
         count = before + count
@@ -110,7 +122,7 @@ def aggregate(
         rows = share * sums + (share * before[..., None]) * state.mean[:, None]
     else:
         rows = sums * _share(count, epsilon)[..., None]
-    last = jnp.broadcast_to(count[:, -1], (batch,))
+    last = jnp.broadcast_to(count[:, -1], (sums.shape[0],))
     return rows, PolyState(rows[:, -1], last)
 
 
