@@ -33,12 +33,6 @@ class Operands(NamedTuple):
     query_weights: Array | None
 
 
-def unable(operands: Operands) -> dict[str, str | None]:
-    """What which implementation does not take, as `dispatch.resolve` wants it."""
-    del operands
-    return {}
-
-
 def prepare(
     h: Array,
     coeff: Array,
