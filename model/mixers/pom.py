@@ -19,6 +19,7 @@ from ...kernels_pallas.matmul import matmul
 from ...kernels_pallas.poly_mix import (
     PolyState,
     Rotation,
+    gated_causal_mix,
     init_state,
     poly_mix,
     repeat_frames,
@@ -369,6 +370,13 @@ class PolynomialMixer(nn.Module):
             gate = rotate(gate, own).astype(self.dtype)
             frequencies = rope_frequencies(width, axes, self.rope_base)
             rotation = rope_rotation(positions[1], frequencies, axes)
+        if causal and query_mask is None and rotation is None and frames is None:
+            if self.heads > 1 and gate.shape[1] == h.shape[1]:
+                selected, state = gated_causal_mix(
+                    h, self.po_coeff, gate, weights=weights, state=state, dtype=self.dtype,
+                    implementation=self.implementation,
+                )  # fmt: skip
+                return self._out(selected), state
         per_token = causal or query_mask is not None
         rows, state = poly_mix(
             h, self.po_coeff, weights=weights, causal=causal and query_mask is None,
@@ -409,7 +417,12 @@ class PolynomialMixer(nn.Module):
             if 1 < count < queries:
                 by_head = repeat_frames(by_head, blocks)
             selected = gate[..., None] * by_head
-            selected = selected.reshape(batch, queries, width)
-            selected = constrain(selected, "batch", "seq", "features")
-            y = jnp.dot(selected, kernel)
+            return self._out(selected.reshape(batch, queries, width))
         return y if bias is None else y + bias
+
+    def _out(self, selected: Array) -> Array:
+        """W_out of gated features [B, T, E]."""
+        kernel, bias = self.ag_proj()
+        y = jnp.dot(constrain(selected, "batch", "seq", "features"), kernel)
+        y = y if bias is None else y + bias
+        return constrain(y, "batch", "seq", None)
