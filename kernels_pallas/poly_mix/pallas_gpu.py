@@ -279,9 +279,7 @@ def _sums(h: Array, marks: Array | None, coeff: Array | None, degree: int) -> Ar
 
         def step(r, inside, ins, outs, sums):
             a = _act(_load(ins["h"], r))
-            weigh = functools.partial(
-                _weigh, weight=marks is not None, inside=inside, ins=ins, r=r
-            )
+            weigh = functools.partial(_weigh, weight=marks is not None, inside=inside, ins=ins, r=r)
             if known is not None:
                 return (sums[0] + weigh(_polynomial(a, known)),)
             if marks is not None or inside is not None:
@@ -383,8 +381,9 @@ def _backward(h, coeff, gate, marks, last, ct, ct_last, weighted):
     plan = _Plan("backward", *h.shape)
     size, heads = _heads(gate, h.shape[2])
     pulled = lambda ins, which, hbm, lane, r, g: (
-        g if gate is None else g * _gates(hbm, size, ins, lane)._replace(heads=which).gate(r)
-    ) * ins["marks"][r, 1]
+        (g if gate is None else g * _gates(hbm, size, ins, lane)._replace(heads=which).gate(r))
+        * ins["marks"][r, 1]
+    )
 
     def held_heads(hbm):
         return None if heads is None else _held(hbm["heads"], (pl.ds(0, LANES),))
