@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from ...kernels_pallas.compat import vary
 from ...kernels_pallas.matmul import matmul
 from ...kernels_pallas.poly_mix import (
     PolyState,
@@ -30,6 +31,7 @@ from ...kernels_pallas.poly_mix import (
 )
 from ...kernels_pallas.time_axis import valid_mask
 from ..layers.mlp import uniform_fan_in
+from ..layers.parted_dense import dot_parts
 from ..partition import constrain
 
 AXES = {"none": 0, "1d": 1, "2d": 2}
@@ -205,15 +207,21 @@ class PolynomialMixer(nn.Module):
         context = x if context is None else context.astype(self.dtype)
         if self.groups == 1:
             kernel, _ = self.qc_proj()
-            h = jnp.dot(context, kernel[:, :width])
-            kernel, bias = kernel[:, width:], self.se_bias.astype(self.dtype)
+            bias = self.se_bias.astype(self.dtype)
+            if context is x and not self.causal:  # where kernels write gradients, it is a copy
+                operands = vary((x, kernel), (x, kernel))
+                h, gate = dot_parts(*operands, None, (width,))
+                return self._gated(h, gate + bias)
+            h, kernel = jnp.dot(context, kernel[:, :width]), kernel[:, width:]
         else:
             kernel, bias = self.po_proj()
             cut = context.reshape(*context.shape[:-1], self.groups, -1)
             h = jnp.einsum("bngi,gio->bngo", cut, kernel).reshape(*context.shape[:-1], width)
             h = h if bias is None else h + bias
             kernel, bias = self.se_proj()
-        gate = jnp.dot(x, kernel) + bias
+        return self._gated(h, jnp.dot(x, kernel) + bias)
+
+    def _gated(self, h: Array, gate: Array) -> tuple[Array, Array]:
         gate = hard_sigmoid(gate.astype(jnp.promote_types(self.dtype, jnp.float32)))
         return constrain(h, "batch", "seq", "features"), gate.astype(self.dtype)
 

@@ -27,7 +27,8 @@ OPTIONS = {
     "aim": ("sizes", "batch", "only", "repeats", "steps", "remat", "overrides", "isolate"),
     "dit": ("sizes", "batch", "only", "repeats", "steps", "remat", "overrides", "isolate"),
     "pom": (
-        "lengths", "variants", "degrees", "masks", "tokens", "only", "steps", "overrides", "isolate",
+        "lengths", "variants", "degrees", "masks", "sizes", "tokens", "only", "steps", "overrides",
+        "isolate",
     ),
 }  # fmt: skip
 
@@ -67,12 +68,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--isolate", action=argparse.BooleanOptionalAction, default=None,
         help="one process per measurement (default: on an accelerator)")  # fmt: skip
     add("--sizes", nargs="+", metavar="SIZE", default=[],
-        help="aim: of b, l, xl, tiny; dit: the same (CPU: tiny)")  # fmt: skip
+        help="aim: of b, l, xl, tiny; dit: the same (CPU: tiny); pom: pixels of its models "
+        "(256 512 1024 2048)")  # fmt: skip
     add("--batch", metavar="N",
         help="aim: images at a time (64; CPU: 2); dit: of an update (256; CPU: 4)")  # fmt: skip
     add("--only", nargs="+", metavar="PART", default=[],
         help="aim: of recurrent, recurrent-float32, dual, attention, training, generation; dit: of "
-        "training, sampling, flexible (default: all); pom: of op, layer, model (without the last)")  # fmt: skip
+        "training, sampling, flexible (default: all); pom: of op, layer, model (default: the first "
+        "two)")  # fmt: skip
     add("--degrees", nargs="+", metavar="K", default=[], help="pom: of the polynomials (2 3 4 5)")
     add(
         "--masks", nargs="+", metavar="MASK", default=[], help="pom: of none, causal (default both)"

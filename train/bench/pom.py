@@ -27,7 +27,7 @@ BATCH, WIDTH, EXPAND, HEADS = 4, 1024, 2, 16  # of the published benchmark
 LENGTHS = (64, 128, 256, 512, 1024, 2048, 4096, 8192)
 DEGREES = (2, 3, 4, 5)
 TOKENS = 65536  # of a training step of the model part
-LATENTS = (32, 64, 128, 256)  # 256 to 2048 pixels
+PIXELS = (256, 512, 1024, 2048)  # 8 a latent
 CHECK_LENGTH = 1100  # enough for every implementation to cut the tokens where it would
 TOLERANCE = {"float32": 1e-4, "bfloat16": 3e-2}  # of output and gradients, relative L2
 
@@ -227,7 +227,8 @@ def bench(arguments: argparse.Namespace, command: str, samples: int) -> dict[str
     """Run the benchmark; prints and writes pom.md, pom.json and pom.png, and returns the report.
 
     Args:
-        arguments: only, lengths, variants, degrees, masks, tokens, overrides, isolate, out, json.
+        arguments: only, lengths, variants, degrees, masks, sizes, tokens, overrides, isolate, out
+            and json.
         command: for the report. samples: timings (and training steps) of which the median counts.
 
     Raises:
@@ -303,10 +304,11 @@ def _models(arguments, report, isolate: bool, steps: int) -> None:
 
     accelerator = report["device"]["platform"] != "cpu"
     size = "xl" if accelerator else "tiny"
-    latents = LATENTS if accelerator else (8, 16)
+    words = [word for text in arguments.sizes for word in text.split(",") if word]
+    pixels = [jobs.whole(w, "--sizes") for w in words] or (PIXELS if accelerator else (64, 128))
     tokens = jobs.whole(arguments.tokens, "--tokens") if arguments.tokens else 0
     tokens = tokens or (TOKENS if accelerator else 64)
-    for latent in latents:
+    for latent in (p // 8 for p in pixels):
         for mixer in ("attention", "pom"):
             net = dataclasses.replace(SIZES[size], input_size=latent, mixer=mixer)
             count = (latent // net.patch_size) ** 2
