@@ -108,6 +108,20 @@ def out_like(x: Any, shape: Sequence[int], dtype: Any) -> jax.ShapeDtypeStruct:
     )
 
 
+def row_major(x: Any) -> Any:
+    """x, kept in memory with its last axis fastest where a compiler would choose otherwise.
+
+    XLA for GPUs turns the output of a matmul around, by a copy in float32, where a sum over its
+    rows follows. Before jax 0.11 it is x itself: of an array on several devices the constraint
+    would gather all of it on each.
+    """
+    if jax.__version_info__ < (0, 11):
+        return x
+    from jax.experimental.layout import Layout, with_layout_constraint
+
+    return with_layout_constraint(x, Layout(major_to_minor=tuple(range(x.ndim))))
+
+
 def interpret_mode(platform: str = "tpu") -> Any:
     """What to pass as `interpret=` to run a Pallas kernel of `platform` on any machine.
 

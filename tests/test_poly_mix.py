@@ -10,9 +10,10 @@ import pytest
 from jax.sharding import PartitionSpec as P
 from jax.test_util import check_grads
 
-from lintime.kernels_pallas import poly_mix as op
+from lintime.kernels_pallas import dispatch, poly_mix as op
 from lintime.kernels_pallas.compat import auto_mesh, enable_x64
 from lintime.kernels_pallas.poly_mix import PolyState, poly_mix
+from lintime.kernels_pallas.poly_mix.aggregate import prefix_sums
 from lintime.kernels_pallas.poly_mix.sharded import poly_mix_sharded
 from lintime.kernels_pallas.time_axis import valid_mask
 
@@ -231,6 +232,17 @@ def test_counts_are_exact_in_bfloat16():
     late = PolyState(jnp.full((1, 2), 2.0), jnp.full((1,), 1e6))
     _, state = poly_mix(h, jnp.ones((2, 1)), state=late)
     np.testing.assert_allclose(state.mean, 2 - 300 / 1000300, rtol=1e-6)
+
+
+@pytest.mark.parametrize("n", [8, 16, 17, 40])
+def test_prefix_sums_in_blocks(n, monkeypatch):
+    """The form for GPUs, which is that of whole blocks: sums and their gradient."""
+    monkeypatch.setattr(dispatch, "current_device", lambda: "gpu:described")
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((2, n, 3)))
+    weigh = lambda f: lambda x: jnp.sum(jnp.sin(f(x)))
+    np.testing.assert_allclose(prefix_sums(x), jnp.cumsum(x, 1), atol=1e-5)
+    got, want = (jax.grad(weigh(f))(x) for f in (prefix_sums, lambda x: jnp.cumsum(x, 1)))
+    np.testing.assert_allclose(got, want, atol=1e-5)
 
 
 def test_block_causal_cost_is_linear():

@@ -28,6 +28,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from .. import dispatch
 from ..compat import gpu_kernel, out_like, vary
+from ..gpu_stream import stream_tiles
 from .pairs import Parts, add, conj, mul, with_gradient
 from .xla import reduce_steps
 
@@ -124,44 +125,6 @@ def _choose(condition: Any, yes: Parts, no: Parts) -> Parts:
     return tuple(jnp.where(wide, y, n) for y, n in zip(yes, no, strict=True))
 
 
-def _pipeline(tiles, sources, sinks, barrier, stages, body, carry):
-    """carry = body(i, input tiles, output tiles, carry) for i in 0 .. tiles - 1.
-
-    Args:
-        sources: (i -> slice of HBM, shared memory [stages, ...]) of every input.
-        sinks: (i -> slice of HBM, shared memory [2, ...]) of every output.
-        barrier: one per stage, which every input's copy arrives at.
-    """
-
-    def fetch(i, slot):
-        for source, smem in sources:
-            plgpu.copy_gmem_to_smem(source(i), smem.at[slot], barrier.at[slot])
-
-    for i in range(stages):
-        pl.when(i < tiles)(functools.partial(fetch, i, i))
-
-    def step(i, carry):
-        slot, out = lax.rem(i, stages), lax.rem(i, 2)
-        plgpu.barrier_wait(barrier.at[slot])
-        if sinks:  # the copies of two tiles ago have read their slot
-            plgpu.wait_smem_to_gmem(1, wait_read_only=True)
-        carry = body(
-            i, [smem.at[slot] for _, smem in sources], [smem.at[out] for _, smem in sinks], carry
-        )
-        plgpu.commit_smem()  # every thread has read its inputs and written its outputs
-        if sinks:
-            for sink, smem in sinks:
-                plgpu.copy_smem_to_gmem(smem.at[out], sink(i), commit_group=False)
-            plgpu.commit_smem_to_gmem_group()
-        pl.when(i + stages < tiles)(functools.partial(fetch, i + stages, slot))
-        return carry
-
-    carry = lax.fori_loop(0, tiles, step, carry)
-    if sinks:
-        plgpu.wait_smem_to_gmem(0)
-    return carry
-
-
 def _groups(order: list[list[int]], load: Callable, use: Callable, carry: Any) -> Any:
     """carry = use(rows, what load(row) gave for each, carry), loading one group ahead."""
     ready = [load(r) for r in order[0]]
@@ -213,7 +176,7 @@ def _summary_body(*refs, plan: _Plan, adjoint: bool):
     sources = _streams((*a_hbm, *x_hbm), (*a_smem, *x_smem), b, lane, plan.rows, start)
     one, zero = _constant(1), _constant(0)
     carry = (one, zero)[:n], (zero, zero)[:n]
-    product, last = _pipeline(tiles, sources, [], barrier, STAGES["forward"], body, carry)
+    product, last = stream_tiles(tiles, sources, [], barrier, STAGES["forward"], body, carry)
     for ref, value in zip((*product_hbm, *last_hbm), (*product, *last), strict=True):
         ref[b, c, lane] = value
 
@@ -262,7 +225,7 @@ def _forward_body(*refs, plan: _Plan):
     sources = _streams((*a_hbm, *x_hbm), (*a_smem, *x_smem), b, lane, plan.rows, start)
     sinks = _streams(h_hbm, h_smem, b, lane, plan.rows, start)
     h = _enter(plan, b, c, lane, first, joined)
-    h = _pipeline(tiles, sources, sinks, barrier, STAGES["forward"], body, h)
+    h = stream_tiles(tiles, sources, sinks, barrier, STAGES["forward"], body, h)
     _leave(plan, b, c, lane, last_hbm, h)
 
 
@@ -319,7 +282,7 @@ def _backward_body(*refs, plan: _Plan):
     ]
     sinks = _streams((*da_hbm, *dx_hbm), (*da_smem, *dx_smem), b, lane, plan.rows, start)
     s = _enter(plan, b, c, lane, ct_last, joined)
-    s = _pipeline(tiles, sources, sinks, barrier, STAGES["backward"], body, s)
+    s = stream_tiles(tiles, sources, sinks, barrier, STAGES["backward"], body, s)
     _leave(plan, b, c, lane, dstate_hbm, s)
 
 

@@ -13,8 +13,11 @@ import jax.numpy as jnp
 from jax import Array
 
 from .. import dispatch
+from ..compat import vary
+from . import pallas_gpu
 from .aggregate import aggregate, repeat_frames, runs
 from .operands import prepare, unable
+from .pallas_gpu import poly_mix_gpu
 from .pallas_tpu import poly_mix_tpu
 from .reference import activation, poly_mix_reference
 from .rope import Rotation, rope_frequencies, rope_rotation, rotate
@@ -25,6 +28,7 @@ from .xla import poly_mix_xla, polynomial
 IMPLEMENTATIONS = {
     "reference": poly_mix_reference,
     "xla": poly_mix_xla,
+    "pallas_gpu": poly_mix_gpu,
     "pallas_tpu": poly_mix_tpu,
 }
 
@@ -62,8 +66,10 @@ def poly_mix(
             rotated before they are summed.
         state: mean and count of the tokens before the first one; None is none.
         dtype: of the rows; None means h's. Sums, counts and the state are float32 in any case.
-        implementation: None (best available), "reference" (mask matrices), "xla", "pallas_tpu" (no
-            rotation, no query_weights, frames of one length), or "pallas" for this device's kernel.
+        implementation: None (best available), "reference" (mask matrices), "xla", "pallas_gpu"
+            (bfloat16, float16, float32; means and causal rows of E = 512, 768, ..), "pallas_tpu"
+            (no rotation, no query_weights, frames of one length), or "pallas" for this device's
+            kernel.
 
     Returns:
         rows [B, R, E] with R = 1, N, F or M, 0 where a row sees no weight; and the state after the
@@ -77,11 +83,54 @@ def poly_mix(
     frames = None if frames is None else tuple(int(length) for length in frames)
     operands = prepare(h, coeff, weights, rotation, state, query_weights, causal, frames)
     name = dispatch.resolve(
-        "poly_mix", implementation, IMPLEMENTATIONS, unable=unable(operands, frames), x=operands.h,
-        channels=h.shape[2],
+        "poly_mix", implementation, IMPLEMENTATIONS, x=operands.h, channels=h.shape[2],
+        unable=_unable(operands, causal, frames),
     )  # fmt: skip
     out_dtype = h.dtype if dtype is None else jnp.dtype(dtype)
     return IMPLEMENTATIONS[name](operands, causal, frames, out_dtype)
+
+
+def gated_causal_mix(
+    h: Array,
+    coeff: Array,
+    gate: Array,
+    *,
+    weights: Array | None = None,
+    state: PolyState | None = None,
+    dtype: Any = None,
+    implementation: str | None = None,
+) -> tuple[Array, PolyState | None]:
+    """s_n . a_n for the causal rows a of `poly_mix`: what the output matmul of a layer reads.
+
+    Args:
+        gate: [B, N, H] one number per token and head, or per channel (H = E); H divides E.
+        h, coeff, weights, state, dtype, implementation: as for `poly_mix`. The kernel never writes
+            the rows, unless the heads do not fit its tiles.
+
+    Returns:
+        [B, N, E] in `dtype`, and the state after the last token.
+
+    Raises:
+        ValueError: as `poly_mix`; or a gate that does not fit.
+    """
+    heads = gate.shape[-1] if gate.ndim == 3 else 0
+    if gate.shape[:2] != h.shape[:2] or not heads or h.shape[2] % heads:
+        raise ValueError(f"gate has shape {gate.shape}, expected {h.shape[:2]} and heads of E")
+    out_dtype = h.dtype if dtype is None else jnp.dtype(dtype)
+    operands = prepare(h, coeff, weights, None, state, None, True, None)
+    name = dispatch.resolve(
+        "poly_mix", implementation, IMPLEMENTATIONS, x=operands.h, channels=h.shape[2],
+        unable=_unable(operands, True, None),
+    )  # fmt: skip
+    if name == "pallas_gpu" and pallas_gpu.unable(operands, True, None, gate) is None:
+        return poly_mix_gpu(operands, True, None, out_dtype, vary(gate, operands))
+    rows, last = IMPLEMENTATIONS[name](operands, True, None, out_dtype)
+    shape = (*gate.shape, h.shape[2] // heads)
+    return (gate[..., None].astype(out_dtype) * rows.reshape(shape)).reshape(h.shape), last
+
+
+def _unable(operands, causal, frames):
+    return unable(operands, frames) | {"pallas_gpu": pallas_gpu.unable(operands, causal, frames)}
 
 
 __all__ = [
@@ -90,6 +139,7 @@ __all__ = [
     "Rotation",
     "activation",
     "aggregate",
+    "gated_causal_mix",
     "init_state",
     "merge_states",
     "poly_mix",

@@ -9,8 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
+from .. import dispatch
 from ..time_axis import spread
 from .state import PolyState, reciprocal
+
+BLOCK = 8  # rows of a block of `prefix_sums`
 
 
 def runs(frames: Sequence[int]) -> list[tuple[int, int]]:
@@ -25,6 +28,26 @@ def frame_sums(x: Array, frames: Sequence[int]) -> Array:
         part = lax.slice_in_dim(x, start, start := start + length * count, axis=1)
         sums.append(jnp.sum(part.reshape(x.shape[0], count, length, *x.shape[2:]), axis=2))
     return sums[0] if len(sums) == 1 else jnp.concatenate(sums, axis=1)
+
+
+def prefix_sums(x: Array) -> Array:
+    """Sums of x [B, N, ...] up to each row.
+
+    On GPUs within blocks of a few rows term by term, which XLA computes from x where it is needed
+    (the scan of the blocks is small), where its own form of long scans goes over all several times.
+    """
+    n = x.shape[1]
+    if n == 1:
+        return x
+    if n % BLOCK or n == BLOCK or not dispatch.current_device().startswith("gpu"):
+        return jnp.cumsum(x, axis=1)
+    parts = x.reshape(x.shape[0], n // BLOCK, BLOCK, *x.shape[2:])
+    local = [parts[:, :, 0]]
+    for i in range(1, BLOCK):
+        local.append(local[-1] + parts[:, :, i])
+    before = jnp.cumsum(local[-1], axis=1)[:, :-1]
+    before = jnp.pad(before, ((0, 0), (1, 0), *((0, 0),) * (x.ndim - 2)))
+    return (jnp.stack(local, axis=2) + before[:, :, None]).reshape(x.shape)
 
 
 def repeat_frames(rows: Array, frames: Sequence[int]) -> Array:
@@ -96,15 +119,14 @@ def aggregate(
     frames = (n,) if frames is None and not causal else frames
     count = counts(n, weights, causal, frames, acc)
     if weights is not None:
-        w = lax.stop_gradient(weights.astype(acc))
-        p = spread(w, p) * p
+        p = spread(lax.stop_gradient(weights.astype(acc)), p) * p
     sums = p if causal else frame_sums(p, frames)
-    sums = sums if sums.shape[1] == 1 else jnp.cumsum(sums, axis=1)
-    return rows_from_sums(sums, count, state, epsilon)
+    return rows_from_sums(prefix_sums(sums), count, state, epsilon)
 
 
 def counts(n: int, weights: Array | None, causal: bool, frames, dtype) -> Array:
-    """Sums of the weights that each row sees, [B, R] or [1, R], as constants; see `aggregate`."""
+    """Sums of the weights that each row sees, without those of a state, [B, R] or [1, R], as
+    constants; see `aggregate`."""
     frames = (n,) if frames is None and not causal else frames
     if weights is None:
         ends = np.arange(1, n + 1) if causal else np.cumsum(frames)

@@ -15,10 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from ...kernels_pallas.compat import vary
 from ...kernels_pallas.matmul import matmul
 from ...kernels_pallas.poly_mix import (
     PolyState,
     Rotation,
+    gated_causal_mix,
     init_state,
     poly_mix,
     poly_mix_segments,
@@ -30,6 +32,7 @@ from ...kernels_pallas.poly_mix import (
 )
 from ...kernels_pallas.time_axis import valid_mask
 from ..layers.mlp import uniform_fan_in
+from ..layers.parted_dense import dot_parts
 from ..partition import constrain
 
 AXES = {"none": 0, "1d": 1, "2d": 2}
@@ -205,15 +208,21 @@ class PolynomialMixer(nn.Module):
         context = x if context is None else context.astype(self.dtype)
         if self.groups == 1:
             kernel, _ = self.qc_proj()
-            h = jnp.dot(context, kernel[:, :width])
-            kernel, bias = kernel[:, width:], self.se_bias.astype(self.dtype)
+            bias = self.se_bias.astype(self.dtype)
+            if context is x and not self.causal:  # where kernels write gradients, it is a copy
+                operands = vary((x, kernel), (x, kernel))
+                h, gate = dot_parts(*operands, None, (width,))
+                return self._gated(h, gate + bias)
+            h, kernel = jnp.dot(context, kernel[:, :width]), kernel[:, width:]
         else:
             kernel, bias = self.po_proj()
             cut = context.reshape(*context.shape[:-1], self.groups, -1)
             h = jnp.einsum("bngi,gio->bngo", cut, kernel).reshape(*context.shape[:-1], width)
             h = h if bias is None else h + bias
             kernel, bias = self.se_proj()
-        gate = jnp.dot(x, kernel) + bias
+        return self._gated(h, jnp.dot(x, kernel) + bias)
+
+    def _gated(self, h: Array, gate: Array) -> tuple[Array, Array]:
         gate = hard_sigmoid(gate.astype(jnp.promote_types(self.dtype, jnp.float32)))
         return constrain(h, "batch", "seq", "features"), gate.astype(self.dtype)
 
@@ -369,12 +378,16 @@ class PolynomialMixer(nn.Module):
             gate = rotate(gate, own).astype(self.dtype)
             frequencies = rope_frequencies(width, axes, self.rope_base)
             rotation = rope_rotation(positions[1], frequencies, axes)
+        options = {"weights": weights, "implementation": self.implementation}
+        plain = query_mask is None and segment_ids is None and rotation is None and frames is None
+        if causal and plain and self.heads > 1 and gate.shape[1] == h.shape[1]:
+            selected, state = gated_causal_mix(
+                h, self.po_coeff, gate, state=state, dtype=self.dtype, **options
+            )
+            return self._out(selected), state
         per_token = causal or query_mask is not None or segment_ids is not None
         dtype = self.dtype if per_token else jnp.promote_types(self.dtype, jnp.float32)
-        options = {
-            "weights": weights, "rotation": rotation, "dtype": dtype,
-            "implementation": self.implementation,
-        }  # fmt: skip
+        options |= {"rotation": rotation, "dtype": dtype}
         if segment_ids is not None:
             rows = poly_mix_segments(h, self.po_coeff, segment_ids, causal=causal, **options)
         else:
@@ -415,7 +428,12 @@ class PolynomialMixer(nn.Module):
             if 1 < count < queries:
                 by_head = repeat_frames(by_head, blocks)
             selected = gate[..., None] * by_head
-            selected = selected.reshape(batch, queries, width)
-            selected = constrain(selected, "batch", "seq", "features")
-            y = jnp.dot(selected, kernel)
+            return self._out(selected.reshape(batch, queries, width))
         return y if bias is None else y + bias
+
+    def _out(self, selected: Array) -> Array:
+        """W_out of gated features [B, T, E]."""
+        kernel, bias = self.ag_proj()
+        y = jnp.dot(constrain(selected, "batch", "seq", "features"), kernel)
+        y = y if bias is None else y + bias
+        return constrain(y, "batch", "seq", None)

@@ -10,7 +10,13 @@ from typing import Any
 from ..errors import UserError
 from .jobs import whole
 
-SUITES = {"training": "attention", "ssm": "ssm", "aim": "aim", "dit": "dit"}  # and their modules
+SUITES = {
+    "training": "attention",
+    "ssm": "ssm",
+    "aim": "aim",
+    "dit": "dit",
+    "pom": "pom",
+}  # and their modules
 # Options by the suites that have them; the others (--out, --json) are for all.
 OPTIONS = {
     "training": (
@@ -20,6 +26,10 @@ OPTIONS = {
     "ssm": ("ops", "variants", "steps"),
     "aim": ("sizes", "batch", "only", "repeats", "steps", "remat", "overrides", "isolate"),
     "dit": ("sizes", "batch", "only", "repeats", "steps", "remat", "overrides", "isolate"),
+    "pom": (
+        "lengths", "variants", "degrees", "masks", "sizes", "tokens", "only", "steps", "overrides",
+        "isolate",
+    ),
 }  # fmt: skip
 
 
@@ -33,7 +43,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=tuple(SUITES),
         help="training steps (default); ssm: state-space cores (--ops, --steps, --variants); aim: "
         "images, sampled and trained on (--sizes, --batch, --only, --repeats, --steps, --remat); "
-        "dit: the same of diffusion, and FlexiDiT",
+        "dit: the same of diffusion, and FlexiDiT; pom: polynomial mixer, op, layer and model "
+        "(--only, --lengths, --degrees, --masks, --variants, --steps)",
     )
     add("--ops", nargs="+", metavar="OP", default=[], help="ssm: which ops (default all)")
     add("--lengths", nargs="+", metavar="T", default=[],
@@ -57,15 +68,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--isolate", action=argparse.BooleanOptionalAction, default=None,
         help="one process per measurement (default: on an accelerator)")  # fmt: skip
     add("--sizes", nargs="+", metavar="SIZE", default=[],
-        help="aim: of b, l, xl, tiny; dit: the same (CPU: tiny)")  # fmt: skip
+        help="aim: of b, l, xl, tiny; dit: the same (CPU: tiny); pom: pixels of its models "
+        "(256 512 1024 2048)")  # fmt: skip
     add("--batch", metavar="N",
         help="aim: images at a time (64; CPU: 2); dit: of an update (256; CPU: 4)")  # fmt: skip
     add("--only", nargs="+", metavar="PART", default=[],
         help="aim: of recurrent, recurrent-float32, dual, attention, training, generation; dit: of "
-        "training, sampling, flexible (default: all)")  # fmt: skip
+        "training, sampling, flexible (default: all); pom: of op, layer, model (default: the first "
+        "two)")  # fmt: skip
+    add("--degrees", nargs="+", metavar="K", default=[], help="pom: of the polynomials (2 3 4 5)")
+    add(
+        "--masks", nargs="+", metavar="MASK", default=[], help="pom: of none, causal (default both)"
+    )
     add("--repeats", metavar="N", help="aim, dit: timed batches of images (default 3)")
     add("--out", default="runs/bench", metavar="DIR",
-        help="for bench.md, .json, .png (or ssm.*, aim.*, dit.*, op.*)")  # fmt: skip
+        help="for bench.md, .json, .png (or ssm.*, aim.*, dit.*, pom.*, op.*)")  # fmt: skip
     add("--json", action="store_true", help="print the JSON instead of the tables")
 
 
