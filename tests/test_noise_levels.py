@@ -86,6 +86,19 @@ def test_noise_predictions_end_at_the_data(method):
     np.testing.assert_allclose(x, DATA, atol=0.02)
 
 
+@pytest.mark.parametrize("schedule", levels.SCHEDULES)
+def test_nets_are_told_the_time_of_the_level(schedule):
+    process = NoiseLevels(timesteps=200, predict="eps")
+    at = level_solver(process, "dpm", 9, schedule=schedule).inputs
+    t, variance = jnp.asarray(at["t"], jnp.float32), at["noise"] ** 2
+    np.testing.assert_allclose(levels.noise_level(process, t), variance, rtol=1e-5)
+    np.testing.assert_allclose(at["signal"] ** 2 + variance, 1)
+    assert t[0] <= 199 and (np.diff(t) <= 0).all()
+    assert at["bend"][0] == at["bend"][-1] == 0 and (at["bend"][1:-1] != 0).any()
+    grid = level_solver(process, "ddim", 5, schedule=schedule, published="homm").inputs["t"]
+    np.testing.assert_allclose(grid, [200, 150, 100, 50, 0])
+
+
 def test_published_grids():
     process = NoiseLevels()
     assert iterations(level_solver(process, "euler", 4, published="homm")) == 5
