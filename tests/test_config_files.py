@@ -143,7 +143,7 @@ def changed(*path, value=None, delete=False):
         (changed("optim", "momentum", value=1), "unknown field 'optim.momentum'"),
         (changed("net", "d_modl", value=1), "did you mean d_model?"),
         (changed("net", delete=True), "field 'net' is missing"),
-        (changed("net", "kind", value="rnn"), "net: unknown kind 'rnn'; known kinds: aim, dit"),
+        (changed("net", "kind", value="rnn"), "net: unknown kind 'rnn'; known kinds: aim, dih"),
         (changed("net", value=3), "net: unknown kind None"),
         (changed("optim", value=3), "optim: expected an object, got 3"),
         (changed("steps", value="many"), "steps: expected int, got 'many'"),
