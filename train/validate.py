@@ -114,7 +114,7 @@ _RANGES = (
         "net.codebook_size net.codebook_dim net.input_size net.patch_size net.in_channels "
         "net.n_head sample.steps process.timesteps data.size data.images.size "
         "net.patch_frames data.frames data.stride net.degree "
-        "ema.every process.disc_features process.disc_layers net.rank process.match_steps",
+        "ema.interval process.disc_features process.disc_layers net.rank process.match_steps",
     ),
     (
         ">= 0",
