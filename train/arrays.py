@@ -24,7 +24,7 @@ from .schema import Run
 # Names of the weights within a folder, by format; the first that is there is read.
 WEIGHTS = {"safetensors": "model.safetensors", "bin": "pytorch_model.bin", "npz": "model.npz"}
 INDEX = ".index.json"  # a file in shards: {"weight_map": {name: file}}
-TORCH = (".bin", ".pt", ".pth")
+TORCH = (".bin", ".pt", ".pth", ".ckpt")
 
 
 # ---------------------------------------------------------------- reading checkpoints
