@@ -134,6 +134,7 @@ def solver_options(s: DiffusionSample) -> dict:
     return {
         "method": s.method, "steps": s.steps, "eta": s.eta, "clip": s.clip,
         "guidance_channels": s.guidance_channels, "interval": s.guidance_interval,
+        "guided_times": s.guided_times or None,
     }  # fmt: skip
 
 
