@@ -64,14 +64,14 @@ def test_times():
     assert set(np.asarray(t)) == set(range(8))
     np.testing.assert_array_equal(levels.spread_times(process, jax.random.key(0), 8), range(8))
     np.testing.assert_allclose(levels.noise_level(process, jnp.array([0, 4])), [0, 0.5])
-    large = NoiseLevels(timesteps=8, latent_side=128)  # q = 2
+    large = NoiseLevels(timesteps=8, shift=levels.shift_of_side(128))
     np.testing.assert_allclose(levels.noise_level(large, jnp.array([4])), [2 / 3], rtol=1e-6)
 
 
-@pytest.mark.parametrize("side", [0, 64])
+@pytest.mark.parametrize("shift", [1.0, 1.5])
 @pytest.mark.parametrize("method", ["euler", "heun"])
-def test_velocities_end_at_the_data(method, side):
-    process = NoiseLevels(latent_side=side)
+def test_velocities_end_at_the_data(method, shift):
+    process = NoiseLevels(shift=shift)
     x = draw(process, level_solver(process, method, 5))
     if method == "heun":  # which looks at sigma = 0, where the best net is not defined
         assert np.isfinite(x).all()
@@ -84,6 +84,19 @@ def test_noise_predictions_end_at_the_data(method):
     process = NoiseLevels(predict="eps")
     x = draw(process, level_solver(process, method, 12, clip=2.0))
     np.testing.assert_allclose(x, DATA, atol=0.02)
+
+
+@pytest.mark.parametrize("schedule", levels.SCHEDULES)
+def test_nets_are_told_the_time_of_the_level(schedule):
+    process = NoiseLevels(timesteps=200, predict="eps")
+    at = level_solver(process, "dpm", 9, schedule=schedule).inputs
+    t, variance = jnp.asarray(at["t"], jnp.float32), at["noise"] ** 2
+    np.testing.assert_allclose(levels.noise_level(process, t), variance, rtol=1e-5)
+    np.testing.assert_allclose(at["signal"] ** 2 + variance, 1)
+    assert t[0] <= 199 and (np.diff(t) <= 0).all()
+    assert at["bend"][0] == at["bend"][-1] == 0 and (at["bend"][1:-1] != 0).any()
+    grid = level_solver(process, "ddim", 5, schedule=schedule, published="homm").inputs["t"]
+    np.testing.assert_allclose(grid, [200, 150, 100, 50, 0])
 
 
 def test_published_grids():
@@ -99,7 +112,7 @@ def test_published_grids():
 
 
 def test_small_images_lead_where_they_act():
-    process, steps = NoiseLevels(latent_side=32), 4
+    process, steps = NoiseLevels(), 4
     make = lambda **told: level_solver(process, "heun", steps, published="homm_up", **told)
     plain = draw(process, make())
     of = lambda **told: draw(process, make(upscale=Upscale(**told)))
@@ -128,8 +141,8 @@ def test_what_a_process_does_not_have_is_refused(process, told, message):
 def test_processes_and_segments_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match="predict='x'"):
         NoiseLevels(predict="x")
-    with pytest.raises(ValueError, match="latent_side=64"):
-        NoiseLevels(predict="eps", latent_side=64)
+    with pytest.raises(ValueError, match="shift=1.5"):
+        NoiseLevels(predict="eps", shift=1.5)
     solver = level_solver(NoiseLevels(), "euler", 4)
     with pytest.raises(ValueError, match="4 iterations, the segments have 3"):
         make_trajectory(best(NoiseLevels()), solver, segments=(Segment(steps=3),))

@@ -50,10 +50,11 @@ def check_positions_of(flat: dict[str, Any], net: DiTConfig | FlexiDiTConfig) ->
 
 
 def check_resolution_of(path: str, net: DiTConfig | FlexiDiTConfig) -> str:
-    """`check_resolution` for a run directory; "" for what is none of a DiT."""
+    """`check_resolution` for a run directory; "" for what is none of a DiT, or is to
+    become something else."""
     file = Path(path).expanduser() / "config.json"
     saved = read_config(file).net if file.is_file() else None
     saved = saved.base if isinstance(saved, FlexiDiTConfig) else saved
-    if not isinstance(saved, DiTConfig):
+    if not isinstance(saved, DiTConfig) or not isinstance(getattr(net, "base", net), DiTConfig):
         return ""
     return check_resolution(net, saved.input_size, saved.base_size)

@@ -12,9 +12,12 @@ import dataclasses
 from typing import Any
 
 from ..model.nets.aim import AiMConfig
+from ..model.nets.dih import DiHConfig
 from ..model.nets.dit import DiTConfig
 from ..model.nets.flexidit import FlexiDiTConfig
+from ..model.nets.jit import JiTConfig
 from ..model.nets.mamba_lm import MambaConfig
+from ..model.nets.text_video_dih import TextVideoDiHConfig
 from ..model.nets.transformer_vq import TransformerVQConfig
 from ..model.nets.vq_tokenizer import VQTokenizerConfig
 from ..model.processes.adversarial import AdversarialReconstruction
@@ -22,6 +25,7 @@ from ..model.processes.autoregressive import Autoregressive
 from ..model.processes.flexible import FlexibleDiffusion, FlexibleFlow
 from ..model.processes.flow import FlowMatching
 from ..model.processes.gaussian import GaussianDiffusion
+from ..model.processes.noise_levels import NoiseLevels
 
 dataclass = dataclasses.dataclass(frozen=True, kw_only=True)
 
@@ -216,9 +220,19 @@ class Optim:
 
 @dataclass
 class EMA:
-    """Exponential moving average of the parameters; decay 0 keeps none."""
+    """Exponential moving average of the parameters; decay 0 keeps none.
+
+    Attributes:
+        decay: a <- decay a + (1 - decay) p.
+        every: updates from one averaging to the next.
+        start: updates during which the average is a copy.
+        power: after them, decay warms up as 1 - (1 + s)^-power, s the updates since; 0: at once.
+    """
 
     decay: float = 0.0
+    every: int = 1
+    start: int = 0
+    power: float = 0.0
 
 
 @dataclass
@@ -388,6 +402,29 @@ class FlexibleSample(DiffusionSample):
 
 
 @dataclass
+class LevelSample(DiffusionSample):
+    """Sampling with a net whose process is `NoiseLevels`; see `level_solver`.
+
+    Attributes:
+        method: "euler" or "heun" of velocities; "ddim", "ddpm" or "dpm" of noise.
+        published: "" for solvers that are right; "homm", "homm_up" or "homm_t2v" for the steps of
+            the code that published these models, off by one here and there.
+        noise_schedule: of noise: where steps are: "linear", "sine", "cosine", "sigmoid", "karras"
+            or "late_sigmoid".
+        clip_to: bound of predicted images where `clip` is set.
+        stream: videos of a block-causal net frame by frame, at constant memory: the same videos.
+        frames: of a stream, may be more than were trained on; 0 = as many.
+    """
+
+    method: str = "heun"
+    published: str = ""
+    noise_schedule: str = "linear"
+    clip_to: float = 1.0
+    stream: bool = False
+    frames: int = 0
+
+
+@dataclass
 class Log:
     """every: updates between metric lines; tensorboard / wandb need the `track` extra."""
 
@@ -425,6 +462,9 @@ NETS = {
     "aim": AiMConfig,
     "dit": DiTConfig,
     "flexidit": FlexiDiTConfig,
+    "dih": DiHConfig,
+    "jit": JiTConfig,
+    "text_video_dih": TextVideoDiHConfig,
     "vq_tokenizer": VQTokenizerConfig,
 }
 PROCESSES = {
@@ -434,6 +474,7 @@ PROCESSES = {
     "flow_matching": FlowMatching,
     "flexible_diffusion": FlexibleDiffusion,
     "flexible_flow": FlexibleFlow,
+    "noise_levels": NoiseLevels,
 }
 DATA = {
     "text": Data,
@@ -447,4 +488,5 @@ SAMPLES = {
     "images": ImageSample,
     "diffusion": DiffusionSample,
     "flexible": FlexibleSample,
+    "levels": LevelSample,
 }

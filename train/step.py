@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from .optimizers import make_schedule
-from .schema import Run
+from .optimizers import average_decay, make_schedule
+from .schema import EMA, Run
 from .state import TrainState
 from .tasks.base import Task
 
@@ -70,7 +70,7 @@ def make_train_step(task: Task, run: Run) -> Callable:
         params = optax.apply_updates(state.params, updates)
         ema = state.ema
         if run.ema.decay > 0:
-            d = run.ema.decay
+            d = decay_at(run.ema, number)
             ema = jax.tree.map(lambda e, p: d * e + (1 - d) * p, ema, params)
         new = TrainState(state.step + 1, params, opt, ema, task.absorb(state.stats, delta), carry)
         ok = jnp.isfinite(loss) & jnp.isfinite(norm) & (number == state.step)
@@ -81,6 +81,17 @@ def make_train_step(task: Task, run: Run) -> Callable:
         return new, {**report, "ok": ok}
 
     return step
+
+
+def decay_at(ema: EMA, number):
+    """Decay of the average in update `number`, 0 the first, see `EMA`; a number where it is one."""
+    if (ema.every, ema.start, ema.power) == (1, 0, 0):
+        return ema.decay
+    if ema.power:
+        decay = average_decay(number, limit=ema.decay, start=ema.start, power=ema.power)
+    else:
+        decay = jnp.where(number < ema.start, 0.0, jnp.float32(ema.decay))
+    return jnp.where(number % ema.every == 0, decay, 1.0)
 
 
 def jit_step(step: Callable, shardings, unroll: bool) -> Callable:

@@ -6,11 +6,14 @@ import itertools
 from collections.abc import Sequence
 
 from ..model.layers.image_coder import check_channels
-from ..model.nets import aim, dit, mamba_lm
+from ..model.nets import aim, dih, dit, mamba_lm
 from ..model.nets.aim import AiMConfig
+from ..model.nets.dih import DiHConfig
 from ..model.nets.dit import DiTConfig
 from ..model.nets.flexidit import FlexiDiTConfig
+from ..model.nets.jit import JiTConfig
 from ..model.nets.mamba_lm import MambaConfig
+from ..model.nets.text_video_dih import TextVideoDiHConfig
 from ..model.nets.transformer_vq import TransformerVQConfig
 from ..model.nets.vq_tokenizer import VQTokenizerConfig
 from ..model.processes.adversarial import AdversarialReconstruction
@@ -23,11 +26,14 @@ from ..model.processes.flexible import (
 )
 from ..model.processes.flow import FlowMatching
 from ..model.processes.gaussian import GaussianDiffusion
+from ..model.processes.noise_levels import SCHEDULES, NoiseLevels
+from ..model.sampling.level_solvers import PUBLISHED
 from .config_files import KINDS, unknown_kind
 from .errors import UserError, check_divides
 from .override import leaves, matches, nearest, type_name
 from .prepare.encoding import FOLDERS
 from .schema import (
+    EMA,
     CodeData,
     Data,
     DiffusionSample,
@@ -35,6 +41,7 @@ from .schema import (
     ImageData,
     ImageSample,
     LatentData,
+    LevelSample,
     Run,
     Sample,
     VideoData,
@@ -49,10 +56,14 @@ _DIFFUSION = {
     "process": (GaussianDiffusion, FlowMatching),
     "sample": DiffusionSample,
 }
+_LEVELS = {"process": NoiseLevels, "sample": LevelSample}
 GOES_WITH = {
     DiTConfig: _DIFFUSION,
     FlexiDiTConfig: _DIFFUSION
     | {"process": (FlexibleDiffusion, FlexibleFlow), "sample": FlexibleSample},
+    JiTConfig: _DIFFUSION | {"data": (ImageData, LatentData), "process": FlowMatching},
+    DiHConfig: _LEVELS | {"data": (ImageData, LatentData)},
+    TextVideoDiHConfig: _LEVELS | {"data": VideoData},
     TransformerVQConfig: _TEXT,
     MambaConfig: _TEXT,
     AiMConfig: _IMAGES | {"data": CodeData, "process": Autoregressive},
@@ -70,7 +81,8 @@ _CHOICES = {
     "net.attention": ("vq", "dense", "flash"),
     "net.reduction": ("serial", "associative", "matmul"),
     "net.scale_on": ("logits", "features"),
-    "net.mixer": ("mamba2", "mamba1", "attention", "pom"),
+    "net.mixer": ("mamba2", "mamba1", "attention", "pom", "hom"),
+    "net.positions": dih.POSITIONS,
     "net.rope": dit.ROPES,
     "net.mixing": dit.MIXINGS,
     "net.context": dit.CONTEXTS,
@@ -84,7 +96,9 @@ _CHOICES = {
     "data.views": ("center", "flip", "ten"),
     "data.crop": ("random", "center"),
     "sample.guide": ("cfg", "weak_uncond", "weak_cond"),
-    "sample.method": ("ddpm", "ddim", "dpm++2m", "euler", "heun", "sde"),
+    "sample.method": ("ddpm", "ddim", "dpm++2m", "euler", "heun", "sde", "dpm"),
+    "sample.published": ("", *PUBLISHED),
+    "sample.noise_schedule": tuple(SCHEDULES),
     "data.filter": ("lanczos", "bicubic", "nearest"),
     "data.images.filter": ("lanczos", "bicubic", "nearest"),
     "sample.schedule": ("constant", "linear", "cosine"),
@@ -101,8 +115,9 @@ _RANGES = (
         "net.num_tokens net.num_groups net.ch net.num_res_blocks net.z_channels "
         "net.codebook_size net.codebook_dim net.input_size net.patch_size net.in_channels "
         "net.n_head sample.steps process.timesteps data.size data.images.size "
-        "net.patch_frames data.frames data.stride net.degree "
-        "process.disc_features process.disc_layers net.rank process.match_steps",
+        "net.patch_frames data.frames data.stride net.degree net.bottleneck "
+        "net.groups "
+        "ema.every process.disc_features process.disc_layers net.rank process.match_steps",
     ),
     (
         ">= 0",
@@ -116,9 +131,11 @@ _RANGES = (
         "process.commitment_weight process.entropy_weight sample.count sample.columns "
         "eval.samples sample.eta sample.guidance_channels net.base_patch data.resize_max "
         "data.images.workers sample.weak sample.weak_guidance process.denoise process.distill "
-        "net.num_classes net.context_dim net.context_length "
+        "net.num_classes net.context_dim net.context_length net.context_tokens "
+        "net.context_start "
         "process.distill_variance process.match net.base_size net.underlying net.frames "
-        "net.base_patch_frames",
+        "net.base_patch_frames net.registers net.clamp net.input_width sample.frames ema.start "
+        "ema.power",
     ),
     (
         "in [0, 1)",
@@ -130,7 +147,7 @@ _RANGES = (
     ),
     ("in (0, 1]", lambda v: 0 < v <= 1, "sample.top_p"),
     ("in [0, 1]", lambda v: 0 <= v <= 1, "optim.final process.powerful_share"),
-    ("> 0", lambda v: v > 0, "data.scaling_factor"),
+    ("> 0", lambda v: v > 0, "data.scaling_factor net.mlp_ratio sample.clip_to"),
     (">= 1", lambda v: v >= 1, "data.resize data.images.resize"),
     ("> 1", lambda v: v > 1, "net.pe_lam"),
     (
@@ -210,7 +227,7 @@ def _check_relations(run: Run) -> None:
             raise UserError(f"net: {error}") from error
     if isinstance(net, AiMConfig) and net.num_classes < 1:
         raise UserError(f"net.num_classes={net.num_classes} is out of range; it must be >= 1")
-    if isinstance(net, DiTConfig | FlexiDiTConfig):
+    if isinstance(run.sample, DiffusionSample):
         check_diffusion(run)
     _check_classes(run)
     if isinstance(net, VQTokenizerConfig):
@@ -255,7 +272,7 @@ def _check_kinds(run: Run) -> None:
 
 def _check_used(run: Run) -> None:
     """Refuses settings that this kind of run would ignore."""
-    diffusion = isinstance(run.net, DiTConfig | FlexiDiTConfig)
+    diffusion = isinstance(run.sample, DiffusionSample)
     for at, images in (("data", run.data), ("data.images", getattr(run.data, "images", None))):
         if isinstance(images, ImageData) and (at != "data" or not diffusion):
             for name in ("text", "text_encoder"):
@@ -264,6 +281,11 @@ def _check_used(run: Run) -> None:
                     raise UserError(f"{at}.{name}={value} would be ignored; {instead}")
     if run.eval.clip and not diffusion:
         raise UserError(f"eval.clip={run.eval.clip} is about models that read a text; leave it out")
+    if not run.ema.decay and run.ema != EMA():
+        raise UserError(
+            f"ema={run.ema} would be ignored: without ema.decay there is no average; set it, or "
+            "leave the others out"
+        )
     text, tokenizer = isinstance(run.data, Data), isinstance(run.net, VQTokenizerConfig)
     if (text or tokenizer) and run.eval.samples:
         raise UserError(

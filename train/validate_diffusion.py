@@ -4,19 +4,24 @@ from __future__ import annotations
 
 from ..model.layers.patches import patch_name
 from ..model.nets import dit
+from ..model.nets.dih import DiHConfig, check_dih
 from ..model.nets.dit import DiTConfig
 from ..model.nets.flexidit import FlexiDiTConfig, check_config
+from ..model.nets.jit import JiTConfig, check_jit
+from ..model.nets.text_video_dih import TextVideoDiHConfig
 from ..model.processes.flexible import time_spans
 from ..model.processes.gaussian import GaussianDiffusion
+from ..model.processes.noise_levels import NoiseLevels
 from ..model.sampling.diffusion import Segment
 from .errors import UserError, check_divides
 from .loaded.diffusion import make_sampler, solver_options
 from .loaded.flexible import flexible_segments
-from .schema import FlexibleSample, ImageData, Run, VideoData
+from .schema import FlexibleSample, ImageData, LevelSample, Run, VideoData
+from .tasks.diffusion import Sizes, make_net
 
 
 def check_diffusion(run: Run) -> None:
-    """Whether the parts of a run of a DiT or FlexiDiT fit each other.
+    """Whether the parts of a run of a net of images or videos fit each other.
 
     Raises:
         UserError: the first fault, and what to set instead.
@@ -26,28 +31,16 @@ def check_diffusion(run: Run) -> None:
     check_divides(f"{at}.input_size", net.input_size, f"{at}.patch_size", net.patch_size)
     if net.frames:
         check_divides(f"{at}.frames", net.frames, f"{at}.patch_frames", net.patch_frames)
-    elif net.patch_frames != 1 or net.base_patch_frames:
-        raise UserError(
-            f"{at}.patch_frames={net.patch_frames} {at}.base_patch_frames={net.base_patch_frames} "
-            f"would be ignored: the net takes images; set {at}.frames, or leave them out"
-        )
-    check_divides(f"{at}.d_model", net.d_model, f"{at}.n_head", net.n_head)
-    if net.d_model % 4:
-        raise UserError(
-            f"{at}.d_model={net.d_model} is not divisible by 4 (sines and cosines of rows and "
-            f"columns); set {at}.d_model={4 * max(1, round(net.d_model / 4))}"
-        )
     _check_guidance(run, net, at)
     try:
-        dit.check_context(net)
-        dit.make_mixer(net, parent=None)
+        CHECKS[type(net)](run, net, at)
         if flexible:
             check_config(run.net)
             _check_weak(run)
             _check_objectives(run)
             _check_trained_times(run)
         _check_null_class(run, net, at)
-        make_sampler(dit.DiT(net), process=run.process, **solver_options(run.sample))
+        make_sampler(make_net(net), process=run.process, **solver_options(run.sample))
     except ValueError as error:
         raise UserError(str(error)) from error
     if isinstance(run.process, GaussianDiffusion):
@@ -64,6 +57,91 @@ def check_diffusion(run: Run) -> None:
             f"{net.input_size} and {net.in_channels}; set {at}.input_size={run.data.size} "
             f"{at}.in_channels=3"
         )
+
+
+def _check_dit(run: Run, net: DiTConfig, at: str) -> None:
+    """Raises ValueError or UserError for sizes of a DiT that cannot be."""
+    if not net.frames and (net.patch_frames != 1 or net.base_patch_frames):
+        raise UserError(
+            f"{at}.patch_frames={net.patch_frames} {at}.base_patch_frames={net.base_patch_frames} "
+            f"would be ignored: the net takes images; set {at}.frames, or leave them out"
+        )
+    check_divides(f"{at}.d_model", net.d_model, f"{at}.n_head", net.n_head)
+    _check_width(net, at, 4, "rows and columns")
+    dit.check_context(net)
+    dit.make_mixer(net, parent=None)
+
+
+def _check_dih(run: Run, net: DiHConfig, at: str) -> None:
+    """Raises ValueError or UserError for sizes of a DiH that cannot be."""
+    check_dih(net)
+    if net.mixer == "attention":
+        check_divides(f"{at}.d_model", net.d_model, f"{at}.n_head", net.n_head)
+    _check_width(net, at, 4, "rows and columns")
+    _check_levels(run, net, at)
+    if run.sample.stream or run.sample.frames:
+        raise UserError("sample.stream and sample.frames are of videos; leave them out")
+
+
+def _check_jit(run: Run, net: JiTConfig, at: str) -> None:
+    """Raises ValueError or UserError for sizes of a JiT that cannot be."""
+    _check_width(net, at, 4, "rows and columns")
+    check_jit(net)
+
+
+def _check_video_dih(run: Run, net: TextVideoDiHConfig, at: str) -> None:
+    """Raises ValueError or UserError for sizes of a TextVideoDiH that cannot be."""
+    _check_width(net, at, 8, "frames, rows and columns")
+    _check_levels(run, net, at)
+    if run.sample.stream and not net.block_causal:
+        raise UserError(
+            "sample.stream=true draws frame by frame, but frames of this net see later ones; set "
+            f"{at}.block_causal=true and train again, or leave it out"
+        )
+    if run.sample.frames:
+        if not run.sample.stream:
+            raise UserError(
+                f"sample.frames={run.sample.frames} is of a stream; set sample.stream=true"
+            )
+        if rest := run.sample.frames % net.patch_frames:
+            raise UserError(
+                f"sample.frames={run.sample.frames} is not divisible by {at}.patch_frames="
+                f"{net.patch_frames}; set sample.frames={run.sample.frames - rest + net.patch_frames}"
+            )
+
+
+def _check_width(net: Sizes, at: str, parts: int, what: str) -> None:
+    if net.d_model % parts:
+        raise UserError(
+            f"{at}.d_model={net.d_model} is not divisible by {parts} (sines and cosines of {what})"
+            f"; set {at}.d_model={parts * max(1, round(net.d_model / parts))}"
+        )
+
+
+def _check_levels(run: Run, net: Sizes, at: str) -> None:
+    """Whether net, process and samples agree about times and levels."""
+    if isinstance(run.process, NoiseLevels) and run.process.timesteps != net.timesteps:
+        raise UserError(
+            f"process.timesteps={run.process.timesteps} and {at}.timesteps={net.timesteps} are the "
+            f"same thing; set {at}.timesteps={run.process.timesteps}"
+        )
+    if not isinstance(run.sample, LevelSample):
+        return
+    if run.sample.eta:
+        raise UserError(f"sample.eta={run.sample.eta} would be ignored; leave it out")
+    if not run.sample.clip and run.sample.clip_to != LevelSample.clip_to:
+        raise UserError(
+            f"sample.clip_to={run.sample.clip_to} would be ignored; set sample.clip=true as well"
+        )
+
+
+# What is particular to a net: (run, config, its place) -> None
+CHECKS = {
+    DiTConfig: _check_dit,
+    DiHConfig: _check_dih,
+    JiTConfig: _check_jit,
+    TextVideoDiHConfig: _check_video_dih,
+}
 
 
 def _check_weak(run: Run) -> None:
@@ -102,7 +180,7 @@ def _check_trained_times(run: Run) -> None:
                     )
 
 
-def _check_context(run: Run, net: DiTConfig, at: str) -> None:
+def _check_context(run: Run, net: Sizes, at: str) -> None:
     """Whether net, data and samples agree about texts."""
     reads, held = net.context != "none", getattr(run.data, "text", "")
     if reads and not held:
@@ -135,7 +213,7 @@ def _check_context(run: Run, net: DiTConfig, at: str) -> None:
         )
 
 
-def _check_frames(run: Run, net: DiTConfig, at: str) -> None:
+def _check_frames(run: Run, net: Sizes, at: str) -> None:
     """Whether net, data and samples agree about videos."""
     data, videos = run.data, isinstance(run.data, VideoData)
     if videos and net.shape != (data.frames, data.size, data.size, 3):
@@ -155,7 +233,7 @@ def _check_frames(run: Run, net: DiTConfig, at: str) -> None:
             raise UserError(f"{name}={value} is about images, this run draws videos; leave it out")
 
 
-def _check_guidance(run: Run, net: DiTConfig, at: str) -> None:
+def _check_guidance(run: Run, net: Sizes, at: str) -> None:
     sample = run.sample
     if len(sample.guidance_interval) != 2:
         raise UserError(
@@ -183,7 +261,7 @@ def _check_guidance(run: Run, net: DiTConfig, at: str) -> None:
         )
 
 
-def _check_null_class(run: Run, net: DiTConfig, at: str) -> None:
+def _check_null_class(run: Run, net: Sizes, at: str) -> None:
     """Whether guidance by predictions without a class can be had.
 
     Raises:

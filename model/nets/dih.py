@@ -65,6 +65,8 @@ class DiHConfig:
     clamp: float = 0.0
     resize_by_count: bool = False
 
+    context, frames = "none", 0  # neither texts nor videos; not fields
+
     @property
     def out_channels(self) -> int:
         """Channels of the output: C."""

@@ -1,4 +1,5 @@
-"""Text-to-video diffusion with higher-order mixers, block-causal in time (arXiv 2411.12663).
+"""Text-to-video diffusion with higher-order mixers, block-causal in time (arXiv 2411.12663), or
+by class: a class is a text of one learned token.
 
 A video of one frame is an image: the same net is a text-to-image model. A token of frame f mixes
 with the frames 0..f, at linear cost. Each block therefore keeps no more of the past than a mean and
@@ -36,8 +37,9 @@ class TextVideoDiHConfig:
         d_model: residual width D, a multiple of 8. n_layer: blocks.
         degree, expand: of the mixers.
         mlp_ratio: hidden width of the MLP in units of D.
-        context_dim: width of the features of a text.
-        class_dropout: probability that a row trains without its text.
+        context_dim: width of the features of a text, or of the token of a class.
+        num_classes: K; 0: the net reads texts. Class id K is the null class.
+        class_dropout: probability that a row trains without its text or class.
         timesteps: T; times are in 0..T.
         block_causal: tokens see the frames (of patches) up to their own; else all.
     """
@@ -54,12 +56,18 @@ class TextVideoDiHConfig:
     expand: int = 2
     mlp_ratio: float = 2.0
     context_dim: int = 1024
+    num_classes: int = 0
     class_dropout: float = 0.1
     timesteps: int = 1000
     block_causal: bool = False
 
     mixer = "hom"  # what a block of `DiH` asks for; not a field
     n_head = 0
+
+    @property
+    def context(self) -> str:
+        """ "cross" if the net reads texts, else "none"."""
+        return "none" if self.num_classes else "cross"
 
     @property
     def out_channels(self) -> int:
@@ -119,6 +127,9 @@ class TextVideoDiH(nn.Module):
         )  # fmt: skip
         dense = lambda: nn.Dense(c.d_model, kernel_init=nn.initializers.xavier_uniform())
         self.x_embedder, self.text_embedder = dense(), dense()
+        if c.num_classes:
+            init = nn.initializers.normal(1.0)  # as wide as features of a text
+            self.y_embedder = nn.Embed(c.num_classes, c.context_dim, embedding_init=init)
         self.t_embedder = DiHTimeEmbedder(c.d_model, c.timesteps)
         self.final = DiHFinal(math.prod(c.patch) * c.out_channels)
 
@@ -129,7 +140,7 @@ class TextVideoDiH(nn.Module):
         labels: Array | None = None,
         *,
         drop: Array | None = None,
-        context: Array,
+        context: Array | None = None,
         context_mask: Array | None = None,
     ) -> tuple[Array, dict]:
         """What the process asks for (noise or velocity) at every pixel.
@@ -137,10 +148,10 @@ class TextVideoDiH(nn.Module):
         Args:
             x: [B, F, H, W, C] noisy videos.
             t: [B] int or float time in 0..timesteps, that of all frames.
-            labels: not read; nets of classes have them in this place.
-            drop: [B] bool: rows without their text. None: each row with probability class_dropout
-                if an rng "dropout" is given, else none.
-            context: [B, S, context_dim] features of a text.
+            labels: [B] int32 class ids in 0..num_classes; not read by a net of texts.
+            drop: [B] bool: rows without their text or class. None: each row with probability
+                class_dropout if an rng "dropout" is given, else none.
+            context: [B, S, context_dim] features of a text; of nets of texts only.
             context_mask: [B, S] (or [B, 1, S]) their weights, e.g. 1 for tokens of the text; None:
                 all 1. A row of zeros is a row without a text.
 
@@ -154,8 +165,23 @@ class TextVideoDiH(nn.Module):
         if x.shape[1:] != c.shape:
             raise ValueError(f"videos of shape {x.shape[1:]}; the net is for {c.shape}")
         table = unit_positions(c.d_model, c.grid)
-        out, _ = self._run(x, t, table, drop, context, context_mask, None)
+        told = self._context(labels, drop, context, context_mask)
+        out, _ = self._run(x, t, table, *told, None)
         return out, {}
+
+    def _context(self, labels, drop, context, mask):
+        """(drop, context, mask): a class as a text of one token, no class as one to drop."""
+        c = self.config
+        if not c.num_classes:
+            if context is None:
+                raise ValueError("the net reads texts; give it a context")
+            return drop, context, mask
+        if labels is None or context is not None:
+            raise ValueError("the net is told a class, not a text; give labels alone")
+        drop = draw_drop(self, c.class_dropout, len(labels)) if drop is None else drop
+        none = labels >= c.num_classes
+        drop = none if drop is None else drop | none
+        return drop, self.y_embedder(jnp.minimum(labels, c.num_classes - 1))[:, None], None
 
     @nn.nowrap
     def init_state(self, batch: int) -> PolyState:
@@ -171,8 +197,9 @@ class TextVideoDiH(nn.Module):
         frame: Array | int,
         state: PolyState,
         *,
+        labels: Array | None = None,
         drop: Array | None = None,
-        context: Array,
+        context: Array | None = None,
         context_mask: Array | None = None,
     ) -> tuple[Array, PolyState]:
         """The next frame of patches of a stream, from it and what blocks remember of the others.
@@ -182,7 +209,7 @@ class TextVideoDiH(nn.Module):
         longer than the config's frames: times go on at the same pace.
 
         Args:
-            x: [B, patch_frames, H, W, C]. t, drop, context, context_mask: as of the call.
+            x: [B, patch_frames, H, W, C]. t, labels, drop, context, context_mask: as of the call.
             frame: number of the frame of patches, 0 the first; may be traced.
             state: of `init_state`, or of the frame before.
 
@@ -205,7 +232,8 @@ class TextVideoDiH(nn.Module):
         u = jnp.asarray(frame, jnp.float32).reshape(1, 1) / max(times - 1, 1)
         moving = jnp.broadcast_to(unit_waves(u, c.d_model // 2, xp=jnp), still.shape)
         table = jnp.concatenate([moving, still], axis=1)
-        return self._run(x, t, table, drop, context, context_mask, state)
+        told = self._context(labels, drop, context, context_mask)
+        return self._run(x, t, table, *told, state)
 
     def _run(self, x, t, table, drop, context, mask, state):
         """The net on tokens at the positions of `table`."""

@@ -1,35 +1,42 @@
-"""Solvers of processes by noise level (model/processes/noise_levels.py), and their published forms.
+"""Solvers of processes by noise level (model/processes/noise_levels.py).
 
-Published samplers of these models have grids that miss the ends, or a step too many or too few
-(`published`); the forms by default go from noise to data on one grid. All numbers are computed in
-float64 on the host. Iteration k = 0 is the noisiest.
+By default they go from pure noise to data on one grid of levels, with steps that are the distances
+of its points, and tell the net the time at which it was trained on the level. The samplers of the
+published models differ from that, each in its own way; `published` names the code whose steps are
+wanted as they are ("homm": images of 256 pixels, "homm_up": larger ones, "homm_t2v": videos). Their
+times are those of T = 1000.
+
+Every method is a table of numbers per iteration, made in float64 on the host, and one of two steps
+that reads it.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from ..processes.noise_levels import NoiseLevels, noise_variance, rescaled_level
+from ..processes.noise_levels import NoiseLevels, noise_variance, shifted
 from .solvers import Predict, Solver
 
-PUBLISHED = ("", "homm", "homm_up", "homm_t2v")
 METHODS = {"velocity": ("euler", "heun"), "eps": ("ddim", "ddpm", "dpm")}
+PUBLISHED = ("homm", "homm_up", "homm_t2v")
+PUBLISHED_STEPS = 1000  # T of the published samplers
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Upscale:
-    """Guidance of a large image by the net's own prediction for a small one (of "heun", published
-    as "homm_up").
+    """Guidance of a large image by the net's own velocity of a small one, of published="homm_up":
+
+        v + weight up(v_small / factor - down(v)),   v_small of down(x)
 
     Attributes:
-        weight: of the difference. factor: m, by which the small image is smaller.
-        cutoff: it acts at times of at least cutoff T.
+        weight: of the guidance.
+        factor: by which the small image is smaller; the resizing is bilinear.
+        cutoff: it acts at times of at least this share of T.
     """
 
     weight: float
@@ -47,89 +54,109 @@ def level_solver(
     clip: float = 0.0,
     upscale: Upscale | None = None,
 ) -> Solver:
-    """The solver of a process.
+    """The solver of a method, `steps` steps; how many iterations that is, `iterations` tells.
 
-    predict="velocity": "euler" and "heun" of dx = v d sigma. predict="eps": "ddim" (arXiv
-    2010.02502, eta 0), "ddpm" (arXiv 2006.11239), and "dpm", multistep of second order in
-    log(signal / noise) on noise predictions (arXiv 2206.00927, 2211.01095), whose first step is of
-    first order.
+    Velocities: "euler"; "heun", the trapezoidal rule (two evaluations a step).
+
+    Noise: "ddim" (arXiv 2010.02502, eta 0); "ddpm" (arXiv 2006.11239, algorithm 2, variance beta);
+    "dpm", second-order multistep in log(signal / noise) on noise (arXiv 2211.01095, appendix B),
+    first order where there is no step before or no noise after. They start at the noisiest level
+    that was trained, (T - 1) / T of variance, where signal is left to be found.
 
     Args:
-        steps: n. There are n iterations but for "euler": n + 1 as published by "homm" and
-            "homm_t2v", n - 1 by "homm_up".
-        published: "" is the plain form. "homm": velocities from T-1 to 1 in steps of 1/n, noise
-            predictions with steps of T/n on a grid of n - 1; "homm_up": differences of a rescaled
-            grid, the rescaled time told to the net; "homm_t2v": as "homm", with differences of the
-            grid in "heun".
-        schedule: noise variance of "eps", see `noise_variance`.
-        clip: bound of predicted clean images, 0: none (predict="eps").
+        published: "" or the code whose quirks are wanted:
+            "homm" and "homm_t2v", euler: an iteration more than steps, each 1 / steps long, between
+            times 999 and 1; heun: there, too, of 1 / steps long steps ("homm") or of the grid's
+            ("homm_t2v"). "homm_up": the net is told the level instead of the time; euler
+            leaves out the last step. ddim and ddpm: the grid has steps - 1 distances, but levels
+            change by 1 / steps; ddpm does not clip the last image. dpm goes from 999 to 1, and
+            scales the first step by the noise before it. Nets get the grid's time, whatever the
+            schedule makes of it.
+        schedule: of noise: where steps are, see `noise_variance`.
+        clip: of noise: bound of predicted clean images, 0: none. The published "dpm" had 1.5.
         upscale: see there.
 
     Raises:
-        ValueError: an unknown name, too few steps, or a setting that the process does not have.
+        ValueError: an unknown method, or settings that it does not have.
     """
     if method not in METHODS[process.predict]:
-        names = ", ".join(METHODS[process.predict])
-        raise ValueError(f"method={method!r}; processes of predict={process.predict!r}: {names}")
-    if published not in PUBLISHED:
-        raise ValueError(f"published={published!r}; choose one of {', '.join(PUBLISHED[1:])}")
-    least = 2 if published == "homm_up" or (published and method in ("ddim", "ddpm")) else 1
-    if steps < least:
-        raise ValueError(f"steps={steps}; method={method!r} takes at least {least}")
-    if upscale and (method, published) != ("heun", "homm_up"):
-        raise ValueError("upscale is of method='heun' with published='homm_up'")
+        known = ", ".join(METHODS[process.predict])
+        raise ValueError(f"method={method!r}; there are for predict={process.predict!r}: {known}")
+    if published and published not in PUBLISHED:
+        raise ValueError(f"published={published!r}; choose one of {', '.join(PUBLISHED)}, or none")
+    if steps < 1:
+        raise ValueError(f"steps={steps}; at least 1 is needed")
+    if upscale is not None and (published, method) != ("homm_up", "heun"):
+        raise ValueError(
+            f"upscale is of published='homm_up' and method='heun', not of {published!r}, {method!r}"
+        )
     if process.predict == "velocity":
-        if clip or schedule != "linear":
-            raise ValueError("clip and schedule are of predict='eps'")
-        return _velocity_solver(process, method, steps, published, upscale)
-    if published in ("homm_up", "homm_t2v"):
-        raise ValueError(f"published={published!r} has velocities only; choose homm")
-    if method == "dpm":
-        return _multistep(process, steps, bool(published), schedule, clip)
-    return _variance_solver(process, method, steps, bool(published), schedule, clip)
+        if schedule != "linear" or clip:
+            raise ValueError(
+                f"schedule={schedule!r} and clip={clip} are of predict='eps'; leave them out"
+            )
+        table = _velocity_table(process, method, steps, published, upscale)
+        return _velocity_solver(table, method, upscale)
+    if published == "homm_t2v":
+        raise ValueError("published='homm_t2v' has velocities only, not predict='eps'")
+    table = _noise_table(process, method, steps, published, schedule)
+    return _noise_solver(table | {"bound": _bounds(table, method, published, clip)})
 
 
 def iterations(solver: Solver) -> int:
-    """How many iterations a solver has."""
+    """Iterations of a solver: the `steps` of the segments that it needs."""
     return len(jax.tree.leaves(solver.inputs)[0])
 
 
 # ---------------------------------------------------------------- velocities
 
 
-def _velocity_numbers(process, method, steps, published, upscale) -> dict[str, np.ndarray]:
-    """Times told to the net at a step's two ends, and its width."""
-    total, side = process.timesteps, process.latent_side
-    level = lambda u: rescaled_level(u, side) if side else u
+def _velocity_table(process, method, steps, published, upscale) -> dict[str, np.ndarray]:
+    """t and next: times told to the net before and behind a step; dt: by how much sigma falls.
+
+    Upscaled, also the times of the small image, and whether it acts.
+    """
     if not published:
-        u = np.linspace(1, 0, steps + 1)
-        at, sigma = total * u, level(u)
-        return {"t": at[:-1], "next": at[1:], "dt": -np.diff(sigma)}
-    grid = np.linspace(total - 1, 1, steps + 1)
+        u = np.linspace(1.0, 0.0, steps + 1)
+        return _intervals(process.timesteps * u, shifted(u, process.shift))
+    if process.shift != 1 and published != "homm_up":
+        raise ValueError(f"published={published!r} has shift=1, not shift={process.shift}")
+    if published == "homm_up" and method == "euler" and steps < 2:
+        raise ValueError("published='homm_up' leaves out the last step of euler; 2 is the least")
+    grid = np.linspace(PUBLISHED_STEPS - 1.0, 1.0, steps + 1)
+    u = grid / PUBLISHED_STEPS
+    sigma = shifted(u, process.shift)
+    if upscale is not None:
+        small = shifted(u, process.shift / np.sqrt(upscale.factor))
+        acts = grid >= upscale.cutoff * PUBLISHED_STEPS
+        return _intervals(PUBLISHED_STEPS * sigma, u) | {
+            "small_t": PUBLISHED_STEPS * small[:-1], "small_next": PUBLISHED_STEPS * small[1:],
+            "acts_t": acts[:-1], "acts_next": acts[1:],
+        }  # fmt: skip
     if published == "homm_up":
-        sigma = level(grid / total)
-        width = -np.diff(grid / total if upscale else sigma)
-        told = total * sigma
-        kept = steps - 1 if method == "euler" else steps
-        return {"t": told[:-1][:kept], "next": told[1:][:kept], "dt": width[:kept]}
-    even = np.full(steps, 1 / steps)
+        table = _intervals(PUBLISHED_STEPS * sigma, sigma)
+        kept = steps - (method == "euler")
+        return {name: numbers[:kept] for name, numbers in table.items()}
     if method == "euler":
-        return {"t": grid, "next": grid, "dt": np.full(steps + 1, 1 / steps)}
-    width = even if published == "homm" else -np.diff(grid) / total
-    return {"t": grid[:-1], "next": grid[1:], "dt": width}
+        return {"t": grid, "dt": np.full(len(grid), 1 / steps)}
+    table = _intervals(grid, u)
+    return table if published == "homm_t2v" else table | {"dt": np.full(steps, 1 / steps)}
 
 
-def _velocity_solver(process, method, steps, published, upscale) -> Solver:
-    numbers = _velocity_numbers(process, method, steps, published, upscale)
-    if upscale:
-        numbers |= _upscale_numbers(process, steps, upscale)
+def _intervals(times: np.ndarray, levels: np.ndarray) -> dict[str, np.ndarray]:
+    """Of the points of a grid: K + 1 of them make K steps."""
+    return {"t": times[:-1], "next": times[1:], "dt": levels[:-1] - levels[1:]}
 
-    def velocity(predict: Predict, x: Array, at: dict, end: str) -> Array:
-        v = predict(x, at[end])[..., : x.shape[-1]].astype(x.dtype)
-        if not upscale or not upscale.weight:
+
+def _velocity_solver(table: dict[str, np.ndarray], method: str, upscale: Upscale | None) -> Solver:
+    """Euler's rule, or Heun's."""
+
+    def velocity(predict: Predict, x: Array, at: dict, when: str) -> Array:
+        v = predict(x, at[when])
+        if upscale is None or not upscale.weight:
             return v
-        led = lambda: v + upscale.weight * _difference(predict, x, v, at[f"low_{end}"], upscale)
-        return lax.cond(at[f"acts_{end}"], led, lambda: v)
+        led = lambda: v + upscale.weight * _from_small(predict, x, v, at["small_" + when], upscale)
+        return lax.cond(at["acts_" + when], led, lambda: v)
 
     def step(predict, x, at, noise):
         v = velocity(predict, x, at, "t")
@@ -137,100 +164,100 @@ def _velocity_solver(process, method, steps, published, upscale) -> Solver:
             v = 0.5 * (v + velocity(predict, x - at["dt"] * v, at, "next"))
         return x - at["dt"] * v, {}
 
-    return Solver(numbers, lambda x: x, step)
+    return Solver(table, lambda x: x, step)
 
 
-def _upscale_numbers(process, steps, upscale) -> dict[str, np.ndarray]:
-    """Times told to the net with the small image, and where that acts, at a step's two ends."""
-    total = process.timesteps
-    grid = np.linspace(total - 1, 1, steps + 1)
-    low = total * rescaled_level(grid / total, (process.latent_side or 32) / upscale.factor)
-    acts = grid >= upscale.cutoff * total
+def _from_small(predict: Predict, x: Array, v: Array, time: Array, upscale: Upscale) -> Array:
+    """up(v_small / factor - down(v)), of the shape of v."""
+    height, width, m = x.shape[-3], x.shape[-2], upscale.factor
+    if height % m or width % m:
+        raise ValueError(f"images of {height} x {width} cannot be made {m} times smaller")
+
+    def resized(a: Array, height: int, width: int) -> Array:
+        shape = (*a.shape[:-3], height, width, a.shape[-1])
+        return jax.image.resize(a, shape, "bilinear", antialias=False)
+
+    down = lambda a: resized(a, height // m, width // m)
+    return resized(predict(down(x), time) / m - down(v), height, width)
+
+
+# ---------------------------------------------------------------- noise
+
+
+def _noise_table(process, method, steps, published, schedule) -> dict[str, np.ndarray]:
+    """The time told to the net, amplitudes of signal and noise in x, and the step
+
+    keep x + push eps + bend (eps - the eps before) + kick noise.
+    """
+    t, now, after = _variances(process, method, steps, published, schedule)
+    signal, noise = np.sqrt(1 - now), np.sqrt(now)
+    keep, left = np.sqrt((1 - after) / (1 - now)), np.sqrt(after)
+    # x = signal x_start + noise eps at one level and at the next: what DDIM does, and, as
+    # left (e^h - 1) = keep noise - left, what every first-order step in log(signal / noise) does.
+    push, bend, kick = left - keep * noise, np.zeros(steps), np.zeros(steps)
+    if method == "ddpm":
+        alpha = np.clip((1 - now) / (1 - after), 0.0, 1.0)
+        keep, push = 1 / np.sqrt(alpha), -(1 - alpha) / (noise * np.sqrt(alpha))
+        kick = np.where(after > 0, np.sqrt(1 - alpha), 0.0)
+    elif method == "dpm":
+        bend = 0.5 * push * _growth(now, after)
+        if published:
+            push[0] *= noise[0] / left[0]
     return {
-        "low_t": low[:-1], "low_next": low[1:], "acts_t": acts[:-1], "acts_next": acts[1:],
+        "t": t, "signal": signal, "noise": noise, "keep": keep, "push": push, "bend": bend,
+        "kick": kick,
     }  # fmt: skip
 
 
-def _difference(predict: Predict, x: Array, v: Array, time: Array, upscale: Upscale) -> Array:
-    """The small image's velocity / m less that of the large one made small, made large."""
-    m, (batch, *_, rows, columns, channels) = upscale.factor, x.shape
-    if rows % m or columns % m:
-        raise ValueError(f"images of {rows} x {columns} cannot be made {m} times smaller")
-    small, large = (batch, rows // m, columns // m, channels), x.shape
-    resize = lambda a, shape: jax.image.resize(a, shape, "linear", antialias=False)
-    low = predict(resize(x, small), time)[..., :channels].astype(x.dtype)
-    return resize(low / m - resize(v, small), large)
-
-
-# ---------------------------------------------------------------- noise predictions
-
-
-def _look(predict: Predict, x: Array, at: dict, clip: float) -> tuple[Array, Array]:
-    """The predicted clean image, within `clip`, and the noise that it leaves."""
-    eps = predict(x, at["t"])[..., : x.shape[-1]].astype(x.dtype)
-    signal, noise = jnp.sqrt(1 - at["now"]), jnp.sqrt(at["now"])
-    clean = (x - noise * eps) / signal
-    if not clip:
-        return clean, eps
-    bounded = jnp.where(at["clips"], jnp.clip(clean, -clip, clip), clean)
-    return bounded, jnp.where(at["clips"], (x - signal * bounded) / noise, eps)
-
-
-def _variance_solver(process, method, steps, published, schedule, clip) -> Solver:
-    """DDIM and DDPM between noise variances `now` and `next`."""
-    total = process.timesteps
-    variance = lambda t: noise_variance(schedule, np.clip(t, 0, total - 1) / total, np)
-    if published:
-        told = np.linspace(total, 0, steps)
-        after = told - total / steps
-    else:
-        grid = np.linspace(total - 1, 0, steps + 1)
-        told, after = grid[:-1], grid[1:]
-    clips = np.ones(steps, bool)
-    if published and method == "ddpm":
-        clips = told > 0
-    numbers = {"t": told, "now": variance(told), "next": variance(after), "clips": clips}
-    numbers["kept"] = np.clip((1 - numbers["now"]) / (1 - numbers["next"]), 0, 1)
-    # in float64: where little changes, 1 - kept would lose its digits
-    numbers["lost"] = 1 - numbers["kept"]
-    numbers["drawn"] = np.sqrt(numbers["lost"])
+def _variances(process, method, steps, published, schedule):
+    """(time told to the net, variance of noise before a step, and behind it), [steps] each."""
+    T = process.timesteps
     if not published:
-        numbers["drawn"][-1] = 0  # the last step is its mean
-
-    def step(predict, x, at, noise):
-        clean, eps = _look(predict, x, at, clip)
-        if method == "ddim":
-            x = jnp.sqrt(1 - at["next"]) * clean + jnp.sqrt(at["next"]) * eps
-        else:
-            mean = (x - at["lost"] / jnp.sqrt(at["now"]) * eps) / jnp.sqrt(at["kept"])
-            x = mean + at["drawn"] * noise()
-        return x, {"x_start": clean}
-
-    return Solver(numbers, lambda x: x, step)
+        levels = np.minimum(noise_variance(schedule, np.linspace(1, 0, steps + 1)), (T - 1) / T)
+        levels[-1] = 0.0
+        return T * levels[:-1], levels[:-1], levels[1:]
+    if method == "dpm":
+        grid = np.linspace(PUBLISHED_STEPS - 1.0, 1.0, steps + 1)
+        levels = noise_variance(schedule, grid / PUBLISHED_STEPS)
+        return grid[:-1], levels[:-1], levels[1:]
+    t = np.linspace(T, 0.0, steps)
+    variance = lambda t: noise_variance(schedule, np.clip(t, 0, T - 1) / T)
+    return t, variance(t), variance(t - T / steps)
 
 
-def _multistep(process, steps, published, schedule, clip) -> Solver:
-    """The state is (x, the noise predicted in the iteration before)."""
-    total = process.timesteps
-    grid = np.linspace(total - 1, 1 if published else 0, steps + 1)
-    variance = noise_variance(schedule, grid / total, np)
-    log_ratio = 0.5 * np.log((1 - variance) / variance)
-    width = np.diff(log_ratio)
-    extra = np.zeros(steps)
-    extra[1:] = 0.5 * width[1:] / width[:-1]  # 1 / (2 r)
-    level = np.sqrt(variance[1:])
-    if published:
-        level[0] = np.sqrt(variance[0])
-    numbers = {
-        "t": grid[:-1], "now": variance[:-1], "clips": np.ones(steps, bool),
-        "keep": np.sqrt((1 - variance[1:]) / (1 - variance[:-1])),
-        "move": level * np.expm1(width), "extra": extra,
-    }  # fmt: skip
+def _growth(now: np.ndarray, after: np.ndarray) -> np.ndarray:
+    """Width of a step in log(signal / noise) over that of the step before; 0 where either is not
+    there: a step of first order."""
+    with np.errstate(divide="ignore"):
+        place = lambda variance: 0.5 * np.log((1 - variance) / variance)
+        width = place(after) - place(now)
+    before = np.append(0.0, width[:-1])
+    fits = np.isfinite(width) & (before > 0)
+    return np.divide(width, before, out=np.zeros_like(width), where=fits)
 
-    def step(predict, state: Any, at, noise):
-        x, last = state
-        clean, eps = _look(predict, x, at, clip)
-        ahead = eps + at["extra"] * (eps - last)
-        return (at["keep"] * x - at["move"] * ahead, eps), {"x_start": clean}
 
-    return Solver(numbers, lambda x: (x, jnp.zeros_like(x)), step, lambda state: state[0])
+def _bounds(table, method: str, published: str, clip: float) -> np.ndarray:
+    """[K]: of predicted clean images at every iteration."""
+    bounds = np.full(len(table["t"]), clip or np.inf)
+    if published and method == "ddpm":
+        bounds[-1] = np.inf
+    return bounds
+
+
+def _noise_solver(table: dict[str, np.ndarray]) -> Solver:
+    """The state is (x, the eps of the iteration before)."""
+    clips, draws = np.isfinite(table["bound"]).any(), table["kick"].any()
+
+    def step(predict, state, at, noise):
+        x, before = state
+        eps = predict(x, at["t"])
+        x_start = (x - at["noise"] * eps) / at["signal"]
+        if clips:  # and the eps is the one that the clipped image implies
+            x_start = jnp.clip(x_start, -at["bound"], at["bound"])
+            eps = (x - at["signal"] * x_start) / at["noise"]
+        x = at["keep"] * x + at["push"] * eps + at["bend"] * (eps - before)
+        if draws:
+            x = x + at["kick"] * noise()
+        return (x, eps), {"x_start": x_start}
+
+    return Solver(table, lambda x: (x, jnp.zeros_like(x)), step, lambda state: state[0])

@@ -103,6 +103,63 @@ def make_video_stream(
     return VideoStream(init, frame)
 
 
+def make_stream_sampler(
+    extend: Extend,
+    init_state: Callable[[int], Any],
+    solver: Solver,
+    *,
+    shape: tuple[int, ...],
+    patch_frames: int,
+    guided: bool,
+    null_label: int | None = None,
+) -> Callable[..., Array]:
+    """A pure function that draws whole videos frame by frame; to be jitted by the caller.
+
+    With the keys of `make_diffusion_sampler` the same videos, in the memory that one frame takes
+    besides the videos themselves.
+
+    Args:
+        extend, init_state, solver, guided, null_label: as of `make_video_stream`.
+        shape: (F, H, W, C) of a video, which may be longer than those trained on.
+        patch_frames: frames of a patch; divides F.
+
+    Returns:
+        sampler(variables, keys [B], labels, *, guidance=None) -> x [B, F, H, W, C] float32, where
+        guidance is a number where `guided`, else None.
+
+    Raises:
+        ValueError: patches do not divide the video, or guidance without null_label.
+    """
+    count, *place = shape
+    if count % patch_frames:
+        raise ValueError(f"{count} frames are not divisible by patch_frames={patch_frames}")
+    frames, size = count // patch_frames, (patch_frames, *place)
+    stream = make_video_stream(
+        extend, init_state, solver, frame_shape=size, guided=guided, null_label=null_label
+    )
+
+    def sampler(variables, keys, labels, *, guidance=None):
+        def draw(number):
+            """Noise of iteration number - 1, by frames [frames, B, f, H, W, C]; 0: at the start."""
+            own = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, number)
+            noise = jax.vmap(lambda key: jax.random.normal(key, tuple(shape), jnp.float32))(own)
+            return jnp.moveaxis(noise.reshape(len(keys), frames, *size), 1, 0)
+
+        def one(states, inputs):
+            number, start = inputs
+            noise = lambda k: draw(k + 1)[number]
+            x, states = stream.frame(
+                variables, start, number, states, labels, guidance=guidance, noise=noise
+            )
+            return states, x
+
+        start = (jnp.arange(frames), draw(0))
+        _, x = lax.scan(one, stream.init(len(keys)), start)
+        return jnp.moveaxis(x, 0, 1).reshape(len(keys), *shape)
+
+    return sampler
+
+
 def _evaluations(solver: Solver, shape: tuple[int, ...]) -> int:
     """How often a step of the solver evaluates the net."""
     calls: list[Any] = []

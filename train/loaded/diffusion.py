@@ -8,19 +8,22 @@ from collections.abc import Callable, Sequence
 import jax
 
 from ...model.layers.context import conditions
-from ...model.nets.dit import DiTConfig
 from ...model.sampling.diffusion import Segment, make_diffusion_sampler
+from ...model.sampling.level_solvers import iterations, level_solver
+from ...model.sampling.video_stream import make_stream_sampler
 from ..encoders.autoencoder import LoadedAutoencoder, check_autoencoder, load_autoencoder
 from ..encoders.text import LoadedTextEncoder
 from ..errors import UserError
-from ..schema import DiffusionSample, LatentData
+from ..schema import DiffusionSample, LatentData, LevelSample
+from ..tasks.diffusion import Sizes
 from .images import LoadedImages
 from .prompts import TextReader
 from .wanted import Wanted
 
 
 class LoadedDiffusion(LoadedImages):
-    """The weights of a DiT run, and the autoencoder where it draws latents; see `LoadedRun`.
+    """The weights of a run of a DiT or its like, and the autoencoder where it draws latents; see
+    `LoadedRun`.
 
     `autoencoder` and `text_encoder` are loaded ones or where they are now, if not where
     `config.data` says.
@@ -36,7 +39,7 @@ class LoadedDiffusion(LoadedImages):
         super().__init__(*args, **options)
         self._autoencoder = autoencoder
         self.texts = (
-            TextReader(self, self.dit, text_encoder) if self.dit.context != "none" else None
+            TextReader(self, self.sizes, text_encoder) if self.sizes.context != "none" else None
         )
 
     @functools.cached_property
@@ -65,13 +68,13 @@ class LoadedDiffusion(LoadedImages):
         return self.autoencoder.fingerprint if isinstance(self.config.data, LatentData) else ""
 
     @property
-    def dit(self) -> DiTConfig:
+    def sizes(self) -> Sizes:
         """Sizes of images or videos, classes and texts."""
         return self.config.net
 
     @property
     def num_classes(self) -> int:
-        return self.dit.num_classes
+        return self.sizes.num_classes
 
     def wanted(
         self, classes: Sequence[int] = (), text: Sequence[str] = (), context=None, context_mask=None
@@ -131,19 +134,44 @@ class LoadedDiffusion(LoadedImages):
 
 def solver_options(s: DiffusionSample) -> dict:
     """Of a `DiffusionSample`, what a sampler is made from."""
-    return {
-        "method": s.method, "steps": s.steps, "eta": s.eta, "clip": s.clip,
-        "guidance_channels": s.guidance_channels, "interval": s.guidance_interval,
-        "guided_times": s.guided_times or None,
-    }  # fmt: skip
+    guided = {"guidance_channels": s.guidance_channels, "interval": s.guidance_interval}
+    if s.guided_times:
+        guided["guided_times"] = s.guided_times
+    if isinstance(s, LevelSample):
+        clip = s.clip_to if s.clip else 0.0
+        solver = (s.method, s.published, s.noise_schedule, clip)
+        stream = (s.frames, s.guidance != 1.0) if s.stream else None
+        return {"steps": s.steps, "levels": solver, "stream": stream, **guided}
+    return {"method": s.method, "steps": s.steps, "eta": s.eta, "clip": s.clip, **guided}
 
 
-def make_sampler(net, *, process, steps: int, **options) -> Callable:
+def make_sampler(
+    net,
+    *,
+    process,
+    steps: int,
+    levels: tuple[str, str, str, float] | None = None,
+    stream: tuple[int, bool] | None = None,
+    **options,
+) -> Callable:
     """The sampler of a net at its own patch size; `options` as of `make_diffusion_sampler`.
+
+    Args:
+        levels: of processes by noise level: method, published, schedule and clip of `level_solver`.
+        stream: of videos that are to be drawn frame by frame: how many frames (0: the net's), and
+            whether there is guidance.
 
     Raises:
         ValueError: settings that do not fit each other.
     """
+    if levels is not None:
+        method, published, schedule, clip = levels
+        process = level_solver(
+            process, method, steps, published=published, schedule=schedule, clip=clip
+        )
+        steps = iterations(process)
+    if stream is not None:
+        return _streamed(net, process, *stream, **options)
 
     def denoise(variables, x, t, labels, mode):
         return net.apply({"params": variables["params"]}, x, t, **conditions(labels))[0]
@@ -151,15 +179,35 @@ def make_sampler(net, *, process, steps: int, **options) -> Callable:
     return jit_sampler(denoise, net.config, process, (Segment(steps=steps),), **options)
 
 
-def jit_sampler(denoise, dit: DiTConfig, process, segments, **options) -> Callable:
-    """The jitted sampler of a denoiser of images or videos as `dit` has them."""
+def _streamed(net, solver, frames: int, guided: bool, **options) -> Callable:
+    """The jitted sampler of a block-causal net, frame by frame; options as of `make_sampler`."""
+    parts = options.pop("guidance_channels") or options.pop("guided_times", ())
+    if parts or tuple(options.pop("interval")) != (0.0, 1.0):
+        raise ValueError("a stream guides all channels at all steps")
+    sizes = net.config
+
+    def extend(variables, x, t, labels, frame, state):
+        params = {"params": variables["params"]}
+        return net.apply(params, x, t, frame, state, **conditions(labels), method="extend")
+
+    return jax.jit(
+        make_stream_sampler(
+            extend, net.init_state, solver, guided=guided,
+            shape=(frames or sizes.frames, *sizes.shape[1:]), patch_frames=sizes.patch_frames,
+            null_label=sizes.num_classes if sizes.class_dropout else None,
+        )
+    )  # fmt: skip
+
+
+def jit_sampler(denoise, sizes: Sizes, process, segments, **options) -> Callable:
+    """The jitted sampler of a denoiser of images or videos of these sizes."""
     return jax.jit(
         make_diffusion_sampler(
             denoise,
             process,
             segments=segments,
-            shape=dit.shape,
-            null_label=dit.num_classes if dit.class_dropout else None,
+            shape=sizes.shape,
+            null_label=sizes.num_classes if sizes.class_dropout else None,
             **options,
         )  # fmt: skip
     )

@@ -30,7 +30,7 @@ class LoadedFlexible(LoadedDiffusion):
     """The weights of a FlexiDiT run; see `LoadedDiffusion`."""
 
     @property
-    def dit(self) -> DiTConfig:
+    def sizes(self) -> DiTConfig:
         return self.config.net.base
 
     @property

@@ -10,9 +10,12 @@ import jax
 from jax.sharding import SingleDeviceSharding
 
 from ...model.nets.aim import AiMConfig
+from ...model.nets.dih import DiHConfig
 from ...model.nets.dit import DiTConfig
 from ...model.nets.flexidit import FlexiDiTConfig
+from ...model.nets.jit import JiTConfig
 from ...model.nets.mamba_lm import MambaConfig
+from ...model.nets.text_video_dih import TextVideoDiHConfig
 from ...model.nets.transformer_vq import TransformerVQConfig
 from ...model.nets.vq_tokenizer import VQTokenizerConfig
 from ..arrays import INDEX, WEIGHTS
@@ -36,6 +39,9 @@ LOADED = {
     AiMConfig: LoadedCodes,
     DiTConfig: LoadedDiffusion,
     FlexiDiTConfig: LoadedFlexible,
+    DiHConfig: LoadedDiffusion,
+    JiTConfig: LoadedDiffusion,
+    TextVideoDiHConfig: LoadedDiffusion,
     VQTokenizerConfig: LoadedTokenizer,
 }
 

@@ -9,13 +9,13 @@ from typing import Any
 
 import numpy as np
 
-from ...model.nets.dit import DiTConfig
 from ..data.open import open_split
 from ..data.text_features import TextFeatures, read_info
 from ..encoders.text import LoadedTextEncoder, load_text_encoder
 from ..errors import UserError
 from ..prepare.encoding import encoded_dir
 from ..schema import DiffusionSample
+from ..tasks.diffusion import Sizes
 from .wanted import Wanted, wanted_texts
 
 
@@ -23,12 +23,12 @@ class TextReader:
     """Prompts and captions as a net reads them.
 
     Attributes:
-        loaded: the run. config: of its DiT.
+        loaded: the run. config: of its net.
 
     `encoder` is a loaded one or where it is now, if not where `config.data` says.
     """
 
-    def __init__(self, loaded, config: DiTConfig, encoder: str | LoadedTextEncoder | None):
+    def __init__(self, loaded, config: Sizes, encoder: str | LoadedTextEncoder | None):
         self.loaded, self.config, self._encoder = loaded, config, encoder
 
     @functools.cached_property

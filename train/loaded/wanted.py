@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from ...model.nets.dit import DiTConfig
 from ..errors import UserError
 from ..schema import DiffusionSample, ImageSample
+from ..tasks.diffusion import Sizes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Wanted:
 
 
 def wanted_texts(
-    config: DiTConfig,
+    config: Sizes,
     count: int,
     *,
     prompts: Sequence[str] | None,

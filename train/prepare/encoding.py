@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from ...model.nets.dit import DiTConfig
 from ..data.text_features import read_info
 from ..errors import UserError, told_as
 from ..schema import CodeData, ImageData, LatentData, Run
@@ -83,7 +82,7 @@ def _latents(run: Run, folder: Path) -> None:
     else:
         # Encoding takes long: what would not fit is said first.
         side = data.images.size // autoencoder.downsample
-        net = run.net if isinstance(run.net, DiTConfig) else run.net.base
+        net = getattr(run.net, "base", run.net)
         if data.images.size % autoencoder.downsample == 0:  # else `prepare_latents` says it
             shape = (side, side, autoencoder.latent_channels)
             check_latents(run, net, shape, autoencoder.scaling_factor)

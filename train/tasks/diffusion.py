@@ -1,19 +1,77 @@
-"""Training of diffusion and flow-matching models: DiT (arXiv 2212.09748) and its relatives."""
+"""Training of diffusion and flow-matching models: DiT (arXiv 2212.09748) and its relatives.
+
+A net takes part with an entry in `MODULES` and in the tables of train/tasks/table.py,
+train/loaded/load.py, train/validate.py (`GOES_WITH`), train/validate_diffusion.py (`CHECKS`) and
+train/schema.py (`NETS`); its config is `Sizes`.
+"""
 
 from __future__ import annotations
 
+from types import ModuleType
+from typing import Any, Protocol
+
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import Array
 
 from ...model.nets.autoencoder_kl import sample_posterior
+from ...model.nets.dih import DiH, DiHConfig
 from ...model.nets.dit import DiT, DiTConfig
-from ...model.processes import flow, gaussian
+from ...model.nets.jit import JiT, JiTConfig
+from ...model.nets.text_video_dih import TextVideoDiH, TextVideoDiHConfig
+from ...model.processes import flow, gaussian, noise_levels
 from ...model.processes.flow import FlowMatching
+from ...model.processes.gaussian import GaussianDiffusion
+from ...model.processes.noise_levels import NoiseLevels
 from ..errors import UserError
 from ..resolution import check_resolution_of
 from ..schema import LatentData, Run, VideoData
 from .base import Task
+
+# config: the net, made of (config, dtype, remat, unroll) and called as
+# net(x, t, labels, *, drop=None, context=.., context_mask=..) -> (out, {}), see `DiT`
+MODULES: dict[type, type[nn.Module]] = {
+    DiTConfig: DiT,
+    DiHConfig: DiH,
+    JiTConfig: JiT,
+    TextVideoDiHConfig: TextVideoDiH,
+}
+# kind of process (or what it derives from): draw_times, spread_times, training_loss
+PROCESSES: dict[type, ModuleType] = {
+    FlowMatching: flow,
+    GaussianDiffusion: gaussian,
+    NoiseLevels: noise_levels,
+}
+
+
+class Sizes(Protocol):
+    """What of a net's config is read here, fields or not.
+
+    Attributes:
+        shape: (H, W, C) of an image, or (F, H, W, C) of a video. input_size: H. in_channels: C.
+        frames: F; 0: images.
+        num_classes, class_dropout: see `DiTConfig`.
+        context: "none", or how the net reads a text, of context_length tokens of context_dim.
+    """
+
+    shape: tuple[int, ...]
+    input_size: int
+    in_channels: int
+    frames: int
+    num_classes: int
+    class_dropout: float
+    context: str
+
+
+def make_net(config: Sizes, dtype=jnp.float32, remat: str = "none", unroll: bool = False):
+    """The net of a config."""
+    return MODULES[type(config)](config, dtype, remat, unroll)
+
+
+def process_module(process: Any) -> ModuleType:
+    """What computes a process."""
+    return next(module for kind, module in PROCESSES.items() if isinstance(process, kind))
 
 
 class DiffusionTask(Task):
@@ -31,14 +89,14 @@ class DiffusionTask(Task):
         return pixels_of(self.run.data)
 
     @property
-    def dit(self) -> DiTConfig:
+    def sizes(self) -> Sizes:
         """Sizes of images or videos, classes and texts."""
         return self.run.net
 
     @property
-    def net(self) -> DiT:
+    def net(self) -> nn.Module:
         precision = self.run.precision
-        return DiT(self.dit, self.dtype, precision.remat, precision.unroll)
+        return make_net(self.sizes, self.dtype, precision.remat, precision.unroll)
 
     def start_from(self, path, wanted):
         said = check_resolution_of(path, self.run.net)
@@ -52,11 +110,11 @@ class DiffusionTask(Task):
 
     def abstract_batch(self):
         rows, data = self.run.batch_size, self.run.data
-        shape = (rows, *self.dit.shape)
+        shape = (rows, *self.sizes.shape)
         names = ("mean", "logvar") if isinstance(data, LatentData) else (pixels_of(data),)
         text = {}
-        if self.dit.context != "none":
-            context = (rows, self.dit.context_length, self.dit.context_dim)
+        if self.sizes.context != "none":
+            context = (rows, self.sizes.context_length, self.sizes.context_dim)
             text["context"] = jax.ShapeDtypeStruct(context, "float16")
             text["context_mask"] = jax.ShapeDtypeStruct(context[:2], "bool")
         return {
@@ -67,7 +125,7 @@ class DiffusionTask(Task):
         }
 
     def init(self, key):
-        x = jnp.zeros((1, *self.dit.shape))
+        x = jnp.zeros((1, *self.sizes.shape))
         variables = self.net.init({"params": key}, x, jnp.zeros((1,)), jnp.zeros((1,), jnp.int32))
         return {"params": variables["params"], "stats": {}}
 
@@ -115,7 +173,7 @@ class DiffusionTask(Task):
 
     @property
     def _process(self):
-        return flow if isinstance(self.run.process, FlowMatching) else gaussian
+        return process_module(self.run.process)
 
     def _clean(self, batch, key: Array) -> Array:
         """Images, videos, or latents as the net sees them: scaled draws from their posterior."""
@@ -127,7 +185,7 @@ class DiffusionTask(Task):
 
     def _told(self, batch) -> dict[str, Array]:
         """What of a batch the net is told, by the names of its arguments."""
-        text = ("context", "context_mask") if self.dit.context != "none" else ()
+        text = ("context", "context_mask") if self.sizes.context != "none" else ()
         return {name: batch[name] for name in ("labels", *text)}
 
     def _losses(self, params, stats, x: Array, told: dict, t: Array, noise: Array, rngs):
@@ -137,7 +195,7 @@ class DiffusionTask(Task):
         return self._process.training_loss(self.run.process, denoise, x, t, noise)
 
     def check_data(self, data):
-        net, at = self.dit, field_of_dit(self.run)
+        net, at = self.sizes, field_of_dit(self.run)
         if net.num_classes and data.num_classes > net.num_classes:
             raise UserError(
                 f"{at}.num_classes={net.num_classes}, but the data have {data.num_classes} "
@@ -162,14 +220,12 @@ def pixels_of(data) -> str:
 
 def field_of_dit(run: Run) -> str:
     """Where the sizes of images and classes are in a config."""
-    return "net" if isinstance(run.net, DiTConfig) else "net.base"
+    return "net.base" if hasattr(run.net, "base") else "net"
 
 
-def check_latents(
-    run: Run, net: DiTConfig, shape: tuple[int, int, int], scaling_factor: float
-) -> None:
+def check_latents(run: Run, net: Sizes, shape: tuple[int, int, int], scaling_factor: float) -> None:
     """Raises UserError unless latents of a shape (h, w, C) and the scaling factor of what made
-    them are those that `net`, the DiT of the run, is to be trained on."""
+    them are those that `net`, of the run, is to be trained on."""
     size, at = (net.input_size, net.input_size, net.in_channels), field_of_dit(run)
     if tuple(shape) != size:
         raise UserError(

@@ -51,7 +51,7 @@ class FlexibleTask(DiffusionTask):
     """
 
     @property
-    def dit(self):
+    def sizes(self):
         return self.run.net.base
 
     @property
@@ -81,7 +81,7 @@ class FlexibleTask(DiffusionTask):
         if not saved.is_file() or not isinstance(read_config(saved).net, DiTConfig):
             return super()._restored(path, wanted)
         mesh = jax.tree.leaves(wanted)[0].sharding.mesh
-        plain = DiffusionTask(dataclasses.replace(self.run, net=self.dit))
+        plain = DiffusionTask(dataclasses.replace(self.run, net=self.sizes))
         base = jax.eval_shape(plain.init, jax.random.key(0))["params"]
         base = jax.tree.map(
             lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s),
@@ -99,8 +99,8 @@ class FlexibleTask(DiffusionTask):
         tree = {**params, **stats}
         mode = self.mode or net.powerful
         # One draw for both modes: what is dropped is decided here, not in the net.
-        if rngs and self.dit.class_dropout:
-            drop = jax.random.bernoulli(rngs["dropout"], self.dit.class_dropout, t.shape)
+        if rngs and self.sizes.class_dropout:
+            drop = jax.random.bernoulli(rngs["dropout"], self.sizes.class_dropout, t.shape)
             told = {**told, "drop": drop}
         outputs = {}
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from ...model.nets.aim import AiMConfig
+from ...model.nets.dih import DiHConfig
 from ...model.nets.dit import DiTConfig
 from ...model.nets.flexidit import FlexiDiTConfig
+from ...model.nets.jit import JiTConfig
 from ...model.nets.mamba_lm import MambaConfig
+from ...model.nets.text_video_dih import TextVideoDiHConfig
 from ...model.nets.transformer_vq import TransformerVQConfig
 from ...model.nets.vq_tokenizer import VQTokenizerConfig
 from ..schema import Run
@@ -22,6 +25,9 @@ TASKS: dict[type, type[Task]] = {
     AiMConfig: ClassCodesTask,
     DiTConfig: DiffusionTask,
     FlexiDiTConfig: FlexibleTask,
+    DiHConfig: DiffusionTask,
+    JiTConfig: DiffusionTask,
+    TextVideoDiHConfig: DiffusionTask,
     VQTokenizerConfig: TokenizerTask,
 }
 

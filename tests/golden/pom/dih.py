@@ -19,7 +19,7 @@ from lintime.model.convert.dih import (
 from lintime.model.nets.dih import DiH, DiHConfig
 from lintime.model.nets.dih_block import DiHBlock
 from lintime.model.processes import noise_levels
-from lintime.model.processes.noise_levels import NoiseLevels
+from lintime.model.processes.noise_levels import NoiseLevels, shift_of_side
 
 from ..compare import Report
 from ..manifest import Case
@@ -107,9 +107,11 @@ def image(report: Report) -> None:
     predict = lambda params, x, t: net.apply(
         {"params": params, "constants": constants}, x, t, labels, mutable=["intermediates"]
     )
-    shifted = net.config.positions == "shifted"  # where levels are rescaled by the image's side
-    side = report.input("in_x0").shape[-1] if shifted else 0
-    seen = check_losses(report, params, predict, net.config.timesteps, case.config["noising"], side)
+    rescaled = net.config.positions == "shifted"  # where levels depend on the image's side
+    shift = shift_of_side(report.input("in_x0").shape[-1]) if rescaled else 1.0
+    seen = check_losses(
+        report, params, predict, net.config.timesteps, case.config["noising"], shift
+    )
     report.check_params("gp.", seen.pop("gradient"), loader(net.config))
     names = {"mid_time_feat": seen["t_embedder"]["features"], "mid_time_emb": seen["time"]}
     names |= {"mid_patch": seen["patches"]}
@@ -123,7 +125,7 @@ def image(report: Report) -> None:
 
 
 def check_losses(
-    report: Report, params, predict, timesteps: int, noising: str, latent_side: int = 0
+    report: Report, params, predict, timesteps: int, noising: str, shift: float = 1.0
 ) -> dict:
     """Output and losses; returns what came on the way, and the gradient of the first loss.
 
@@ -131,7 +133,7 @@ def check_losses(
     """
     x, noise, t = last(report.input("in_x0")), last(report.input("in_eps")), report.input("in_t")
     x_t = last(report.input("in_xt"))
-    velocity = NoiseLevels(timesteps=timesteps, latent_side=latent_side)
+    velocity = NoiseLevels(timesteps=timesteps, shift=shift)
     eps = NoiseLevels(timesteps=timesteps, predict="eps")
     named = {"fm": velocity, "eps": eps}
     report.check("in_xt", second(noise_levels.add_noise(named[noising], x, t, noise)))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax.numpy as jnp
 import numpy as np
 
-from lintime.model.processes.noise_levels import NoiseLevels
+from lintime.model.processes.noise_levels import NoiseLevels, shift_of_side
 from lintime.model.sampling.diffusion import Segment, make_trajectory
 from lintime.model.sampling.level_solvers import Upscale, iterations, level_solver
 from lintime.model.sampling.video_stream import make_video_stream
@@ -47,8 +47,8 @@ def solver_of(case: Case, timesteps: int, side: int):
     method = METHODS[max((n for n in METHODS if text.startswith(n)), key=len)]
     published = case.entry["source"]
     if method in ("euler", "heun"):
-        rescaled = side if published == "homm_up" else 0
-        process = NoiseLevels(timesteps=timesteps, latent_side=rescaled)
+        shift = shift_of_side(side) if published == "homm_up" else 1.0
+        process = NoiseLevels(timesteps=timesteps, shift=shift)
         upscale = None
         if text.startswith("Upscale"):
             upscale = Upscale(

@@ -33,7 +33,8 @@ def tables(report: Report) -> None:
             report.check(name, noise_levels.noise_variance(schedule, u))
         if name.startswith("out_rescale_t_"):
             side = int(name.removeprefix("out_rescale_t_"))
-            report.check(name, noise_levels.rescaled_level(u, side))
+            shift = noise_levels.shift_of_side(side)
+            report.check(name, noise_levels.shifted(u, shift))
     count = report.input("in_steps")
     recipes = {
         "warmup_cosine": ("cosine", 10000), "warmup": ("constant", 10000), "linear": ("linear", 0),
