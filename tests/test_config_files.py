@@ -143,7 +143,7 @@ def changed(*path, value=None, delete=False):
         (changed("optim", "momentum", value=1), "unknown field 'optim.momentum'"),
         (changed("net", "d_modl", value=1), "did you mean d_model?"),
         (changed("net", delete=True), "field 'net' is missing"),
-        (changed("net", "kind", value="rnn"), "net: unknown kind 'rnn'; known kinds: aim, dit"),
+        (changed("net", "kind", value="rnn"), "net: unknown kind 'rnn'; known kinds: aim, dih"),
         (changed("net", value=3), "net: unknown kind None"),
         (changed("optim", value=3), "optim: expected an object, got 3"),
         (changed("steps", value="many"), "steps: expected int, got 'many'"),
@@ -210,7 +210,7 @@ def test_other_changes_are_refused_by_name():
         ("sample.top_p=0", "it must be in (0, 1]"),
         ("mesh.fsdp=0", "mesh.fsdp=0 is out of range; it must be >= 1, or -1"),
         ("mesh.fsdp=-1", "mesh.data and mesh.fsdp are -1"),
-        ("optim.schedule=cosin", "choose one of cosine, linear, constant; did you mean cosine?"),
+        ("optim.schedule=cosin", "choose one of cosine, linear, sqrt, constant; did you mean cosine?"),
         ("precision.compute=float16", "did you mean bfloat16?"),
         ("net.head_type=mqaa", "did you mean mqa?"),
         ("data.update_len=300", "data.sequence_len=1024 is not divisible by data.update_len=300; "

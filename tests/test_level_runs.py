@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 
 import lintime
+from lintime.model.convert.dih import dih_config_from_fields, dih_fields
 from lintime.model.nets.dih import DiHConfig
 from lintime.model.nets.text_video_dih import TextVideoDiHConfig
 from lintime.model.processes.noise_levels import NoiseLevels
 from lintime.model.sampling.classes import row_keys
 from lintime.train import loop
+from lintime.train.arrays import encode_arrays, read_arrays
 from lintime.train.errors import UserError
 from lintime.train.override import apply_overrides
 from lintime.train.schema import EMA, LevelSample, Run, VideoData
@@ -119,12 +121,10 @@ def test_train_sample_and_eval_of_the_command_line(cli, images, tmp_path):
     folder = tmp_path / "run"
     assert "4 images" in cli("train", config, "--run", folder)
     words = ("sample", "--run", folder, "sample.guidance=2", "--seed", 3)
-    drawn = {}
-    for name, more in {
-        "own": (), "published": ("sample.published=homm",),
-        "elsewhere": ("sample.noise_schedule=sigmoid",),
-        "ddpm": ("sample.method=ddpm", "sample.clip=false"),
-    }.items():  # fmt: skip
+    for more in (
+        (), ("sample.published=homm",), ("sample.noise_schedule=sigmoid",),
+        ("sample.method=ddpm", "sample.clip=false"),
+    ):  # fmt: skip
         assert f"4 images: {folder}/samples" in cli(*words, *more)
     drawn = {p.read_bytes() for p in (folder / "samples").glob("*seed3*.png")}
     assert len(drawn) == 4
@@ -197,3 +197,45 @@ def test_what_does_not_fit_is_refused(override, words):
 def test_videos_that_do_not_fit_are_refused(override, words):
     with pytest.raises(UserError, match=words):
         validate(video_run("", *override.split()))
+
+
+# ---------------------------------------------------------------- published files
+
+
+def test_published_files_both_ways(whole, cli, tmp_path):
+    run, folder = whole
+    said = cli("convert", "--run", folder, "--to", "safetensors", "--out", tmp_path / "dih")
+    assert "in the dih layout" in said and f"--config {folder / 'config.json'}" in said
+    net = (f"net.{name}={getattr(NET, name)}" for name in ("degree", "input_size"))
+    back = tmp_path / "back"
+    pixels = ("--config", folder / "config.json")
+    assert f"sample --run {back}" in cli(
+        "convert", "--from", tmp_path / "dih", *pixels, "--out", back
+    )
+    assert_same(lintime.load(back).params, lintime.load(folder).params)
+    # a training checkpoint, whose average is taken, without its config
+    arrays = read_arrays(tmp_path / "dih")
+    (tmp_path / "dih/config.json").unlink()
+    kept = {f"ema.ema_model.{n}": a for n, a in arrays.items()}
+    kept |= {f"model._orig_mod.{n}": a + 1 for n, a in arrays.items()}
+    kept |= {"ema.step": np.zeros(1, np.float32), "vae.x.weight": np.zeros(3, np.float32)}
+    file = tmp_path / "trained.safetensors"
+    file.write_bytes(encode_arrays(kept, "safetensors"))
+    cli("convert", "--from", file, "--out", tmp_path / "average", *net)
+    loaded = lintime.load(tmp_path / "average")
+    assert loaded.config.net == run.net and loaded.config.process == NoiseLevels()
+    assert_same(loaded.params, lintime.load(folder).params)
+    assert "multiple of 5 x 16" in cli.refused(
+        "convert", "--from", file, "--out", tmp_path / "wrong", "net.degree=5"
+    )
+
+
+@pytest.mark.parametrize("model", ["DiH-S/4", "DiH++-XL/2", "DiT-XL/2"])
+def test_hyperparameters_both_ways(model):
+    config = dih_config_from_fields({"model": model, "im_size": 64, "class_dropout": 0.0})
+    assert dih_config_from_fields(dih_fields(config)) == config
+
+
+def test_what_the_layout_cannot_say_is_refused():
+    with pytest.raises(ValueError, match="net.clamp=9.0, the layout has 0.0"):
+        dih_fields(dataclasses.replace(NET, clamp=9.0))

@@ -49,6 +49,8 @@ def average_decay(updates, *, limit: float = 0.999, start: int = 10000, power: f
     return jnp.minimum(limit, 1 - (1 + s) ** -power)
 
 
+# Names of stacked layers, whose first axis is the layer.
+STACKED = ("layers", "blocks", "context_blocks")
 # Decay rates, step sizes and skips of state-space layers are never decayed (Mamba, S4D).
 UNDECAYED = frozenset({"A_log", "D", "dt_bias", "log_dt", "log_A_real", "A_imag"})
 
@@ -59,7 +61,7 @@ def decays(path, leaf) -> bool:
     """
     if path and getattr(path[-1], "key", None) in UNDECAYED:
         return False
-    stacked = bool(path) and getattr(path[0], "key", None) == "layers"
+    stacked = bool(path) and getattr(path[0], "key", None) in STACKED
     return leaf.ndim - stacked != 1
 
 

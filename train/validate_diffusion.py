@@ -104,9 +104,10 @@ def _check_video_dih(run: Run, net: TextVideoDiHConfig, at: str) -> None:
                 f"sample.frames={run.sample.frames} is of a stream; set sample.stream=true"
             )
         if rest := run.sample.frames % net.patch_frames:
+            more = run.sample.frames - rest + net.patch_frames
             raise UserError(
                 f"sample.frames={run.sample.frames} is not divisible by {at}.patch_frames="
-                f"{net.patch_frames}; set sample.frames={run.sample.frames - rest + net.patch_frames}"
+                f"{net.patch_frames}; set sample.frames={more}"
             )
 
 

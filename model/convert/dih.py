@@ -288,7 +288,8 @@ def dih_config_from_fields(fields: Mapping[str, Any], **options: Any) -> DiHConf
     Args:
         fields: input_dim, n_classes, n_timesteps, im_size, kernel_size, dim, n_layers, order,
             order_expand, ffw_expand; n_heads for the baseline with attention; n_registers for
-            DiH++. Or model ("DiH-XL/2", "DiH++-XL/2", "DiT-XL/2") and im_size.
+            DiH++. Or model ("DiH-XL/2", "DiH++-XL/2", "DiT-XL/2") and im_size. Besides, of our
+            own: positions, class_dropout.
         options: fields of `DiHConfig` that the published class does not have.
 
     Raises:
@@ -319,12 +320,35 @@ def dih_config_from_fields(fields: Mapping[str, Any], **options: Any) -> DiHConf
     return DiHConfig(**config | options)
 
 
-# Their argument of the net's class -> our field.
+def dih_fields(config: DiHConfig) -> dict[str, Any]:
+    """Arguments of the published class; inverse of `dih_config_from_fields`.
+
+    Raises:
+        ValueError: a net that no published class makes.
+    """
+    learned = config.positions == "learned"
+    fixed = {"clamp": 255.0 if learned else 0.0, "resize_by_count": learned}
+    if config.mixer == "attention":
+        fixed |= {"positions": "harmonic", "mlp_ratio": 4.0}
+    for name, value in fixed.items():
+        if getattr(config, name) != value:
+            raise ValueError(f"net.{name}={getattr(config, name)}, the layout has {value}")
+    names = dict(FIELDS)
+    del names["n_registers" if not learned else "positions"]
+    for name in ("order", "order_expand", "ffw_expand") if config.mixer == "attention" else (
+        "n_heads",
+    ):  # fmt: skip
+        del names[name]
+    return {theirs: getattr(config, ours) for theirs, ours in names.items()}
+
+
+# Their argument of the net's class -> our field; the last two are ours alone.
 FIELDS = {
     "input_dim": "in_channels", "n_classes": "num_classes", "n_timesteps": "timesteps",
     "im_size": "input_size", "kernel_size": "patch_size", "dim": "d_model",
     "n_layers": "n_layer", "order": "degree", "order_expand": "expand",
     "ffw_expand": "mlp_ratio", "n_heads": "n_head", "n_registers": "registers",
+    "positions": "positions", "class_dropout": "class_dropout",
 }  # fmt: skip
 VIDEO_FIELDS = {
     "input_dim": "in_channels", "text_dim": "context_dim", "n_timesteps": "timesteps",

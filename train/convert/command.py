@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from ...model.nets.aim import AiMConfig
+from ...model.nets.dih import DiHConfig
 from ...model.nets.dit import DiTConfig
 from ...model.nets.flexidit import FlexiDiTConfig
 from ...model.nets.jit import JiTConfig
@@ -30,11 +31,12 @@ from ..checkpoint import save_inference
 from ..config_files import load_config, read_config, save_config
 from ..errors import UserError
 from ..files import write_atomic
-from ..schema import CodeData, ImageData, Run
+from ..schema import CodeData, DiffusionSample, ImageData, Run
 from ..validate import validate
 from ..weights import check_weights
 from . import (
     aim as convert_aim,
+    dih as convert_dih,
     dit as convert_dit,
     flexidit as convert_flexidit,
     jit as convert_jit,
@@ -55,6 +57,7 @@ examples:
   lintime convert --from vq_ds16_c2i.pt --out runs/vq16        # a tokenizer alone
   lintime convert --from DiT-XL-2-256x256.pt --out runs/dit    # --layout sit for SiT
   lintime convert --from last.ckpt --out runs/jit              # JiT, its first average
+  lintime convert --from DiH.ckpt --out runs/dih               # its averaged weights
   lintime convert --run runs/flexi --to safetensors --out flexi   # and --from flexi, back
   lintime convert --run runs/dense --to vq --out runs/dense-vq net.n_code=512
 """
@@ -67,6 +70,7 @@ SYSTEMS = {
     DiTConfig: convert_dit,
     FlexiDiTConfig: convert_flexidit,
     JiTConfig: convert_jit,
+    DiHConfig: convert_dih,
 }
 LAYOUTS = {name: module for module in SYSTEMS.values() for name in module.LAYOUTS}
 
@@ -120,7 +124,7 @@ def run_command(arguments: argparse.Namespace) -> None:
                 f"  lintime sample --run {out} data.path=IMAGES\n"
                 f"  lintime prepare codes IMAGES --tokenizer {out} --out DIR"
             )
-        elif isinstance(run.net, DiTConfig | FlexiDiTConfig | JiTConfig):
+        elif isinstance(run.sample, DiffusionSample):
             pixels = isinstance(run.data, ImageData)
             more = "" if pixels else " data.autoencoder=FOLDER"
             print(f"{out} is ready:\n  lintime sample --run {out}{more}")
@@ -148,7 +152,8 @@ def run_command(arguments: argparse.Namespace) -> None:
         print(f"{weights} holds the weights in the {layout} layout, "
               f"{hyperparameters} the hyperparameters.")  # fmt: skip
         run = read_config(source / "config.json")
-        if isinstance(run.net, DiTConfig | FlexiDiTConfig) and not convert_dit.says_all(run):
+        says_all = getattr(SYSTEMS[type(run.net)], "says_all", None)
+        if says_all and not says_all(run):
             print(
                 "The layout says nothing of process and data, and these are not the published "
                 f"ones. Back here:\n  lintime convert --from {weights} "
@@ -217,7 +222,8 @@ def convert(
 def recognise(flat: Mapping[str, np.ndarray]) -> ModuleType:
     """The system whose names these are; Transformer-VQ's explains what it does not know."""
     for system in (
-        convert_aim, convert_mamba, convert_flexidit, convert_dit, convert_jit, convert_tokenizer,
+        convert_aim, convert_mamba, convert_flexidit, convert_dit, convert_dih, convert_jit,
+        convert_tokenizer,
     ):  # fmt: skip
         if system.recognises(flat):
             return system

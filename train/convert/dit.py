@@ -89,11 +89,14 @@ def says_all(run: Run) -> bool:
     return same and latents and run.data.scaling_factor == demo.data.scaling_factor
 
 
-def told(overrides: Sequence[str], prefix: str, names: Sequence[str]) -> dict[str, Any]:
-    """{name: value} of those `names` of a `DiTConfig` that overrides `prefix`name=value give."""
+def told(
+    overrides: Sequence[str], prefix: str, names: Sequence[str], kind: type = DiTConfig
+) -> dict[str, Any]:
+    """{name: value} of those `names` of a net's config (`kind`) that overrides `prefix`name=value
+    give."""
     given = {o.partition("=")[0].strip(): o.partition("=")[2] for o in overrides}
     given = {name: given[prefix + name] for name in names if prefix + name in given}
-    net = apply_overrides(Run(net=DiTConfig()), [f"net.{n}={v}" for n, v in given.items()]).net
+    net = apply_overrides(Run(net=kind()), [f"net.{n}={v}" for n, v in given.items()]).net
     return {name: getattr(net, name) for name in given}
 
 

@@ -20,6 +20,7 @@ from ..weights import load_weights
 from . import dit as convert_dit
 
 # Ours, and the layout of the base's process.
+says_all = convert_dit.says_all
 LAYOUTS = {"flexidit": "dit", "flexisit": "sit"}
 TOLD = (*convert_dit.TOLD, "patch_size")
 
