@@ -210,7 +210,7 @@ def test_other_changes_are_refused_by_name():
         ("sample.top_p=0", "it must be in (0, 1]"),
         ("mesh.fsdp=0", "mesh.fsdp=0 is out of range; it must be >= 1, or -1"),
         ("mesh.fsdp=-1", "mesh.data and mesh.fsdp are -1"),
-        ("optim.schedule=cosin", "cosine, linear, sqrt, constant; did you mean cosine?"),
+        ("optim.schedule=cosin", "of cosine, linear, sqrt, constant; did you mean cosine?"),
         ("precision.compute=float16", "did you mean bfloat16?"),
         ("net.head_type=mqaa", "did you mean mqa?"),
         ("data.update_len=300", "data.sequence_len=1024 is not divisible by data.update_len=300; "

@@ -102,7 +102,7 @@ def test_a_run_stopped_in_the_middle_continues_bit_for_bit(whole, tmp_path, monk
 
 
 def test_averages_that_begin_late_and_are_made_at_times():
-    ema = EMA(decay=0.9, every=2, start=4, power=2 / 3)
+    ema = EMA(decay=0.9, interval=2, start=4, power=2 / 3)
     found = [float(decay_at(ema, jnp.int32(k))) for k in range(10)]
     assert found[1::2] == [1.0] * 5 and found[0:5:2] == [0.0] * 3
     np.testing.assert_allclose(found[6::2], 1 - np.array([3.0, 5.0]) ** (-2 / 3), rtol=1e-6)
@@ -175,7 +175,7 @@ def test_videos_are_drawn_frame_by_frame(videos):
         ("net.mixer=pom", "hom or attention"),
         ("net.input_size=16", "set net.input_size=8"),
         ("net.class_dropout=0 sample.guidance=2", "net.class_dropout=0"),
-        ("ema.decay=0 ema.every=2", "without ema.decay there is no average"),
+        ("ema.decay=0 ema.interval=2", "without ema.decay there is no average"),
     ],
 )
 def test_what_does_not_fit_is_refused(override, words):

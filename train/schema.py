@@ -224,13 +224,13 @@ class EMA:
 
     Attributes:
         decay: a <- decay a + (1 - decay) p.
-        every: updates from one averaging to the next.
+        interval: updates from one averaging to the next.
         start: updates during which the average is a copy.
         power: after them, decay warms up as 1 - (1 + s)^-power, s the updates since; 0: at once.
     """
 
     decay: float = 0.0
-    every: int = 1
+    interval: int = 1
     start: int = 0
     power: float = 0.0
 

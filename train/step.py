@@ -85,13 +85,13 @@ def make_train_step(task: Task, run: Run) -> Callable:
 
 def decay_at(ema: EMA, number):
     """Decay of the average in update `number`, 0 the first, see `EMA`; a number where it is one."""
-    if (ema.every, ema.start, ema.power) == (1, 0, 0):
+    if (ema.interval, ema.start, ema.power) == (1, 0, 0):
         return ema.decay
     if ema.power:
         decay = average_decay(number, limit=ema.decay, start=ema.start, power=ema.power)
     else:
         decay = jnp.where(number < ema.start, 0.0, jnp.float32(ema.decay))
-    return jnp.where(number % ema.every == 0, decay, 1.0)
+    return jnp.where(number % ema.interval == 0, decay, 1.0)
 
 
 def jit_step(step: Callable, shardings, unroll: bool) -> Callable:

@@ -115,9 +115,8 @@ _RANGES = (
         "net.num_tokens net.num_groups net.ch net.num_res_blocks net.z_channels "
         "net.codebook_size net.codebook_dim net.input_size net.patch_size net.in_channels "
         "net.n_head sample.steps process.timesteps data.size data.images.size "
-        "net.patch_frames data.frames data.stride net.degree net.bottleneck "
-        "net.groups "
-        "ema.every process.disc_features process.disc_layers net.rank process.match_steps",
+        "net.patch_frames data.frames data.stride net.degree net.bottleneck net.groups "
+        "ema.interval process.disc_features process.disc_layers net.rank process.match_steps",
     ),
     (
         ">= 0",

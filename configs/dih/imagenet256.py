@@ -39,7 +39,7 @@ config = Run(
         learning_rate=1e-3, warmup=10_000, schedule="cosine", final=0.0, weight_decay=0.01,
         decay_times_lr=True, b2=0.999, eps=1e-8, clip=1.0,
     ),
-    ema=EMA(decay=0.999, every=10, start=10_000, power=2 / 3),
+    ema=EMA(decay=0.999, interval=10, start=10_000, power=2 / 3),
     precision=Precision(compute="bfloat16"),
     sample=LevelSample(method="heun", steps=125, guidance=2.5, count=16, rows=16),
     seed=3407,

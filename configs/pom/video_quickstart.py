@@ -4,7 +4,8 @@ of attention, drawn frame by frame, on a CPU.
 Paper: arXiv 2411.12663; a very small relative of its text-to-video model on scikit-learn's 1,797
 digits, which move and bounce: 8 frames of 12x12. A class is a text of one learned token. Frames see
 those before them, so samples are streams: a state of fixed size instead of the frames so far.
-TIMING
+Measured: 230 s of CPU time, start to samples (583 s on 2 CPU cores that mostly did other work);
+loss on held-out videos 0.272. It draws shapes of the size of digits that move; few can be read.
 Command: lintime train pom/video_quickstart
 Longer videos of the same net: lintime sample --run runs/pom-video_quickstart sample.frames=16
 """
