@@ -8,6 +8,7 @@ import pytest
 
 from lintime.model.nets.dit import DiT, DiTConfig
 from lintime.model.nets.flexidit import FlexiDiTConfig, flops, mode_flops
+from lintime.model.nets.jit import JiT, JiTConfig, jit_config
 from lintime.model.sampling.budget import (
     by_budget,
     by_levels,
@@ -15,6 +16,7 @@ from lintime.model.sampling.budget import (
     by_time,
     by_weak_steps,
     dit_flops,
+    jit_flops,
     plan,
     relative_flops,
     segment_flops,
@@ -88,10 +90,10 @@ POM = {
 
 
 def traced(config) -> float:
-    shape = jax.ShapeDtypeStruct
+    net, shape = (JiT if isinstance(config, JiTConfig) else DiT)(config), jax.ShapeDtypeStruct
     one, x = shape((1,), "int32"), shape((1, *config.shape), "float32")
-    variables = jax.eval_shape(DiT(config).init, jax.random.key(0), x, one, one)
-    run = lambda v, x, one: DiT(config).apply(v, x, one, one)[0]
+    variables = jax.eval_shape(net.init, jax.random.key(0), x, one, one)
+    run = lambda v, x, one: net.apply(v, x, one, one)[0]
     return count_flops(run, variables, x, one) / 2
 
 
@@ -107,6 +109,23 @@ def test_flops_of_pom_are_those_of_the_traced_net(change):
     """Output of rank n_head; of every channel with n_head=1, and of one token, where it is less."""
     config = DiTConfig(**(POM | change))
     assert dit_flops(config) == traced(config)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{}, {"context_tokens": 0}, {"context_start": 0}, {"n_head": 1}, {"groups": 2, "expand": 2}],
+)
+def test_flops_of_jit_are_those_of_the_traced_net(change):
+    fields = {"input_size": 8, "patch_size": 2, "bottleneck": 6, "d_model": 16, "n_layer": 3}
+    fields |= {"n_head": 4, "num_classes": 4, "context_tokens": 3, "context_start": 1}
+    config = JiTConfig(**(fields | change))
+    assert jit_flops(config) == traced(config)
+
+
+def test_flops_of_jit_are_few_more_at_512_pixels():
+    """As many tokens, of more pixels."""
+    costs = [jit_flops(jit_config("B", input_size=n, patch_size=n // 16)) for n in (256, 512)]
+    assert costs[0] / 1e9 == pytest.approx(17.98, abs=0.01) and costs[1] < 1.03 * costs[0]
 
 
 def test_flops_of_factorised_pom():

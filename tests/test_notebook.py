@@ -25,7 +25,9 @@ def code_cells(notebook):
 
 
 def test_there_are_notebooks():
-    assert [p.name for p in NOTEBOOKS] == ["aim.ipynb", "flexidit.ipynb", "transformer_vq.ipynb"]
+    assert [p.name for p in NOTEBOOKS] == [
+        "aim.ipynb", "flexidit.ipynb", "pom.ipynb", "transformer_vq.ipynb",
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
@@ -113,3 +115,25 @@ def test_flexidit(tmp_path):
     assert "the DiT is as it was: True" in printed
     assert "WARNING" not in printed
     assert sum("image/png" in out.get("data", {}) for out in outputs) == 6
+
+
+@pytest.mark.notebook
+@pytest.mark.slow
+def test_pom(tmp_path):
+    """Trains the two nets on digits, and states that equal forms of the layer are equal."""
+    smaller = "steps=10 batch_size=16 net.d_model=32 net.n_layer=2 optim.warmup=5 eval.batches=1"
+    outputs, printed = execute("pom", tmp_path, smaller)
+    assert all((tmp_path / "run" / name / "config.json").exists() for name in ("pom", "attention"))
+    apart = [float(a) for a in re.findall(r"within (\S+)", printed)]
+    assert len(apart) == 9 and max(apart) < 1e-4
+    flops = dict(re.findall(r"(every gate|rank H|layer): (\S+) MFLOPs", printed))
+    assert flops["rank H"] == flops["layer"] and float(flops["layer"]) < float(flops["every gate"])
+    assert "the state counts 64 tokens" in printed
+    sizes = re.findall(r"(\S+) kB of state, keys and values would take (\d+) kB", printed)
+    assert sizes[0][0] == sizes[1][0] and round(int(sizes[1][1]) / int(sizes[0][1])) == 8
+    costs = {
+        name: (float(a), float(b)) for name, a, b in re.findall(r"(\w+): (\d+) to (\d+) G", printed)
+    }
+    assert costs["pom"][1] / costs["pom"][0] < 65 < costs["attention"][1] / costs["attention"][0]
+    assert "WARNING" not in printed
+    assert sum("image/png" in out.get("data", {}) for out in outputs) == 2

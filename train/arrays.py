@@ -25,13 +25,16 @@ from .schema import Run
 WEIGHTS = {"safetensors": "model.safetensors", "bin": "pytorch_model.bin", "npz": "model.npz"}
 INDEX = ".index.json"  # a file in shards: {"weight_map": {name: file}}
 TORCH = (".bin", ".pt", ".pth", ".ckpt")
+# Averages that a trainer keeps as lists, in the order of its parameters.
+AVERAGE = re.compile(r"(?:^|[./])(?P<name>ema_params\d+)/(?P<index>\d+)$")
 
 
 # ---------------------------------------------------------------- reading checkpoints
 
 
 def read_arrays(source: str | Path) -> dict[str, np.ndarray]:
-    """Parameters of a checkpoint as {"a/b/c": float32 array}; optimiser states are left out.
+    """Parameters of a checkpoint as {"a/b/c": float32 array}; optimiser states are left out, and
+    lists of averages are {"ema_params1/0": array, ..}.
 
     Args:
         source: see `convert`. Nothing in it is ever executed: PyTorch files are read with
@@ -55,11 +58,15 @@ def read_arrays(source: str | Path) -> dict[str, np.ndarray]:
     # Of a TrainState, variables, a trainer's checkpoint: its averaged weights, if it has them.
     inner = ("params", "ema", "model", "state_dict")
     held = lambda tree: [tree[k] for k in inner if tree.get(k) and isinstance(tree[k], Mapping)]
-    while isinstance(tree, Mapping) and held(tree):
+    averages: dict[str, Any] = {}
+    while isinstance(tree, Mapping):
+        averages |= _lists(tree)
+        if not held(tree):
+            break
         tree = held(tree)[0]
     if not isinstance(tree, Mapping):
         raise UserError(f"{source} holds no parameters (it is a {type(tree).__name__})")
-    flat = flatten(tree)
+    flat = flatten({n: a for n, a in tree.items() if f"{n}/0" not in averages}) | averages
     del tree
     for name, array in flat.items():
         is_array = isinstance(array, np.ndarray | np.generic)
@@ -69,6 +76,16 @@ def read_arrays(source: str | Path) -> dict[str, np.ndarray]:
             )
         flat[name] = np.asarray(array, np.float32)
     return flat
+
+
+def _lists(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Lists of averages that a mapping holds, by `AVERAGE`."""
+    return {
+        f"{name}/{index}": array
+        for name, arrays in tree.items()
+        if isinstance(arrays, list) and AVERAGE.search(f"{name}/0")
+        for index, array in enumerate(arrays)
+    }
 
 
 def _locate(source: Path) -> Path:
@@ -116,6 +133,8 @@ def _read_file(path: Path) -> Any:
         def as_numpy(value):  # numpy has no bfloat16, so by way of float32
             if isinstance(value, Mapping):
                 return {name: as_numpy(v) for name, v in value.items()}
+            if isinstance(value, list | tuple):
+                return [as_numpy(v) for v in value]
             is_tensor = isinstance(value, torch.Tensor)
             return value.detach().float().numpy() if is_tensor else value
 

@@ -15,6 +15,7 @@ from ..model.nets.aim import AiMConfig
 from ..model.nets.dih import DiHConfig
 from ..model.nets.dit import DiTConfig
 from ..model.nets.flexidit import FlexiDiTConfig
+from ..model.nets.jit import JiTConfig
 from ..model.nets.mamba_lm import MambaConfig
 from ..model.nets.text_video_dih import TextVideoDiHConfig
 from ..model.nets.transformer_vq import TransformerVQConfig
@@ -358,6 +359,8 @@ class DiffusionSample:
             figures guide 3 of 4.
         guidance_interval: where guidance acts, from low to high, on the way from the clean image
             at 0 to noise at 1, in shares of the steps (arXiv 2404.07724).
+        guided_times: instead, of flow matching, by the time of each evaluation, 0 is noise and 1
+            the clean image: (low, high); () is everywhere.
         eta: noise of "ddim" steps; 0 is deterministic.
         clip: keep predicted images in [-1, 1]: for pixels, not for latents.
     """
@@ -370,6 +373,7 @@ class DiffusionSample:
     guidance: float = 1.0
     guidance_channels: int = 0
     guidance_interval: tuple[float, ...] = (0.0, 1.0)
+    guided_times: tuple[float, ...] = ()
     eta: float = 0.0
     clip: bool = False
     rows: int = 64
@@ -459,6 +463,7 @@ NETS = {
     "dit": DiTConfig,
     "flexidit": FlexiDiTConfig,
     "dih": DiHConfig,
+    "jit": JiTConfig,
     "text_video_dih": TextVideoDiHConfig,
     "vq_tokenizer": VQTokenizerConfig,
 }

@@ -11,6 +11,7 @@ from ..model.nets.aim import AiMConfig
 from ..model.nets.dih import DiHConfig
 from ..model.nets.dit import DiTConfig
 from ..model.nets.flexidit import FlexiDiTConfig
+from ..model.nets.jit import JiTConfig
 from ..model.nets.mamba_lm import MambaConfig
 from ..model.nets.text_video_dih import TextVideoDiHConfig
 from ..model.nets.transformer_vq import TransformerVQConfig
@@ -60,6 +61,7 @@ GOES_WITH = {
     DiTConfig: _DIFFUSION,
     FlexiDiTConfig: _DIFFUSION
     | {"process": (FlexibleDiffusion, FlexibleFlow), "sample": FlexibleSample},
+    JiTConfig: _DIFFUSION | {"data": (ImageData, LatentData), "process": FlowMatching},
     DiHConfig: _LEVELS | {"data": (ImageData, LatentData)},
     TextVideoDiHConfig: _LEVELS | {"data": VideoData},
     TransformerVQConfig: _TEXT,
@@ -113,7 +115,7 @@ _RANGES = (
         "net.num_tokens net.num_groups net.ch net.num_res_blocks net.z_channels "
         "net.codebook_size net.codebook_dim net.input_size net.patch_size net.in_channels "
         "net.n_head sample.steps process.timesteps data.size data.images.size "
-        "net.patch_frames data.frames data.stride net.degree "
+        "net.patch_frames data.frames data.stride net.degree net.bottleneck net.groups "
         "ema.interval process.disc_features process.disc_layers net.rank process.match_steps",
     ),
     (
@@ -128,7 +130,8 @@ _RANGES = (
         "process.commitment_weight process.entropy_weight sample.count sample.columns "
         "eval.samples sample.eta sample.guidance_channels net.base_patch data.resize_max "
         "data.images.workers sample.weak sample.weak_guidance process.denoise process.distill "
-        "net.num_classes net.context_dim net.context_length "
+        "net.num_classes net.context_dim net.context_length net.context_tokens "
+        "net.context_start "
         "process.distill_variance process.match net.base_size net.underlying net.frames "
         "net.base_patch_frames net.registers net.clamp net.input_width sample.frames ema.start "
         "ema.power",

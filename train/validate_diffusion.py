@@ -7,6 +7,7 @@ from ..model.nets import dit
 from ..model.nets.dih import DiHConfig, check_dih
 from ..model.nets.dit import DiTConfig
 from ..model.nets.flexidit import FlexiDiTConfig, check_config
+from ..model.nets.jit import JiTConfig, check_jit
 from ..model.nets.text_video_dih import TextVideoDiHConfig
 from ..model.processes.flexible import time_spans
 from ..model.processes.gaussian import GaussianDiffusion
@@ -82,6 +83,12 @@ def _check_dih(run: Run, net: DiHConfig, at: str) -> None:
         raise UserError("sample.stream and sample.frames are of videos; leave them out")
 
 
+def _check_jit(run: Run, net: JiTConfig, at: str) -> None:
+    """Raises ValueError or UserError for sizes of a JiT that cannot be."""
+    _check_width(net, at, 4, "rows and columns")
+    check_jit(net)
+
+
 def _check_video_dih(run: Run, net: TextVideoDiHConfig, at: str) -> None:
     """Raises ValueError or UserError for sizes of a TextVideoDiH that cannot be."""
     _check_width(net, at, 8, "frames, rows and columns")
@@ -130,7 +137,12 @@ def _check_levels(run: Run, net: Sizes, at: str) -> None:
 
 
 # What is particular to a net: (run, config, its place) -> None
-CHECKS = {DiTConfig: _check_dit, DiHConfig: _check_dih, TextVideoDiHConfig: _check_video_dih}
+CHECKS = {
+    DiTConfig: _check_dit,
+    DiHConfig: _check_dih,
+    JiTConfig: _check_jit,
+    TextVideoDiHConfig: _check_video_dih,
+}
 
 
 def _check_weak(run: Run) -> None:

@@ -70,6 +70,8 @@ class JiTConfig:
     context_tokens: int = 32
     context_start: int = 4
 
+    context, frames = "none", 0  # neither texts nor videos; not fields
+
     @property
     def out_channels(self) -> int:
         """Channels of the output: C."""

@@ -15,6 +15,7 @@ from ...model.nets.aim import AiMConfig
 from ...model.nets.dih import DiHConfig
 from ...model.nets.dit import DiTConfig
 from ...model.nets.flexidit import FlexiDiTConfig
+from ...model.nets.jit import JiTConfig
 from ...model.nets.mamba_lm import MambaConfig
 from ...model.nets.transformer_vq import TransformerVQConfig
 from ...model.nets.vq_tokenizer import VQTokenizerConfig
@@ -38,6 +39,7 @@ from . import (
     dih as convert_dih,
     dit as convert_dit,
     flexidit as convert_flexidit,
+    jit as convert_jit,
     mamba as convert_mamba,
     tokenizer as convert_tokenizer,
     transformer_vq as convert_vq,
@@ -54,6 +56,7 @@ examples:
   lintime convert --from aim-xlarge --out runs/aim-xl          # AiM with its tokenizer
   lintime convert --from vq_ds16_c2i.pt --out runs/vq16        # a tokenizer alone
   lintime convert --from DiT-XL-2-256x256.pt --out runs/dit    # --layout sit for SiT
+  lintime convert --from last.ckpt --out runs/jit              # JiT, its first average
   lintime convert --from DiH.ckpt --out runs/dih               # its averaged weights
   lintime convert --run runs/flexi --to safetensors --out flexi   # and --from flexi, back
   lintime convert --run runs/dense --to vq --out runs/dense-vq net.n_code=512
@@ -66,6 +69,7 @@ SYSTEMS = {
     VQTokenizerConfig: convert_tokenizer,
     DiTConfig: convert_dit,
     FlexiDiTConfig: convert_flexidit,
+    JiTConfig: convert_jit,
     DiHConfig: convert_dih,
 }
 LAYOUTS = {name: module for module in SYSTEMS.values() for name in module.LAYOUTS}
@@ -76,7 +80,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = EXAMPLES
     parser.add_argument(
         "--from", "--run", dest="source", metavar="PATH", required=True,
-        help="checkpoint to read (.safetensors, .npz, PyTorch .bin, checkpoint_<step>, "
+        help="checkpoint to read (.safetensors, .npz, PyTorch .bin or .ckpt, checkpoint_<step>, "
         "state_<step>, or a folder of such), or a run directory",
     )  # fmt: skip
     parser.add_argument(
@@ -218,7 +222,8 @@ def convert(
 def recognise(flat: Mapping[str, np.ndarray]) -> ModuleType:
     """The system whose names these are; Transformer-VQ's explains what it does not know."""
     for system in (
-        convert_aim, convert_mamba, convert_flexidit, convert_dit, convert_dih, convert_tokenizer,
+        convert_aim, convert_mamba, convert_flexidit, convert_dit, convert_dih, convert_jit,
+        convert_tokenizer,
     ):  # fmt: skip
         if system.recognises(flat):
             return system

@@ -135,6 +135,8 @@ class LoadedDiffusion(LoadedImages):
 def solver_options(s: DiffusionSample) -> dict:
     """Of a `DiffusionSample`, what a sampler is made from."""
     guided = {"guidance_channels": s.guidance_channels, "interval": s.guidance_interval}
+    if s.guided_times:
+        guided["guided_times"] = s.guided_times
     if isinstance(s, LevelSample):
         clip = s.clip_to if s.clip else 0.0
         solver = (s.method, s.published, s.noise_schedule, clip)
@@ -179,7 +181,8 @@ def make_sampler(
 
 def _streamed(net, solver, frames: int, guided: bool, **options) -> Callable:
     """The jitted sampler of a block-causal net, frame by frame; options as of `make_sampler`."""
-    if options.pop("guidance_channels") or tuple(options.pop("interval")) != (0.0, 1.0):
+    parts = options.pop("guidance_channels") or options.pop("guided_times", ())
+    if parts or tuple(options.pop("interval")) != (0.0, 1.0):
         raise ValueError("a stream guides all channels at all steps")
     sizes = net.config
 

@@ -13,6 +13,7 @@ from ...model.nets.aim import AiMConfig
 from ...model.nets.dih import DiHConfig
 from ...model.nets.dit import DiTConfig
 from ...model.nets.flexidit import FlexiDiTConfig
+from ...model.nets.jit import JiTConfig
 from ...model.nets.mamba_lm import MambaConfig
 from ...model.nets.text_video_dih import TextVideoDiHConfig
 from ...model.nets.transformer_vq import TransformerVQConfig
@@ -39,6 +40,7 @@ LOADED = {
     DiTConfig: LoadedDiffusion,
     FlexiDiTConfig: LoadedFlexible,
     DiHConfig: LoadedDiffusion,
+    JiTConfig: LoadedDiffusion,
     TextVideoDiHConfig: LoadedDiffusion,
     VQTokenizerConfig: LoadedTokenizer,
 }

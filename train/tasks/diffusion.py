@@ -18,6 +18,7 @@ from jax import Array
 from ...model.nets.autoencoder_kl import sample_posterior
 from ...model.nets.dih import DiH, DiHConfig
 from ...model.nets.dit import DiT, DiTConfig
+from ...model.nets.jit import JiT, JiTConfig
 from ...model.nets.text_video_dih import TextVideoDiH, TextVideoDiHConfig
 from ...model.processes import flow, gaussian, noise_levels
 from ...model.processes.flow import FlowMatching
@@ -33,6 +34,7 @@ from .base import Task
 MODULES: dict[type, type[nn.Module]] = {
     DiTConfig: DiT,
     DiHConfig: DiH,
+    JiTConfig: JiT,
     TextVideoDiHConfig: TextVideoDiH,
 }
 # kind of process (or what it derives from): draw_times, spread_times, training_loss

@@ -6,6 +6,7 @@ from ...model.nets.aim import AiMConfig
 from ...model.nets.dih import DiHConfig
 from ...model.nets.dit import DiTConfig
 from ...model.nets.flexidit import FlexiDiTConfig
+from ...model.nets.jit import JiTConfig
 from ...model.nets.mamba_lm import MambaConfig
 from ...model.nets.text_video_dih import TextVideoDiHConfig
 from ...model.nets.transformer_vq import TransformerVQConfig
@@ -25,6 +26,7 @@ TASKS: dict[type, type[Task]] = {
     DiTConfig: DiffusionTask,
     FlexiDiTConfig: FlexibleTask,
     DiHConfig: DiffusionTask,
+    JiTConfig: DiffusionTask,
     TextVideoDiHConfig: DiffusionTask,
     VQTokenizerConfig: TokenizerTask,
 }
