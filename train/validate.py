@@ -39,6 +39,7 @@ from .schema import (
     Sample,
     VideoData,
 )
+from .tasks.distill import check_distill
 from .tasks.tokenizer import check_perceptual
 from .validate_diffusion import check_diffusion
 
@@ -118,7 +119,7 @@ _RANGES = (
         "data.images.workers sample.weak sample.weak_guidance process.denoise process.distill "
         "net.num_classes net.context_dim net.context_length "
         "process.distill_variance process.match net.base_size net.underlying net.frames "
-        "net.base_patch_frames",
+        "net.base_patch_frames distill.block_weight distill.output_weight distill.denoise_weight",
     ),
     (
         "in [0, 1)",
@@ -212,6 +213,7 @@ def _check_relations(run: Run) -> None:
         raise UserError(f"net.num_classes={net.num_classes} is out of range; it must be >= 1")
     if isinstance(net, DiTConfig | FlexiDiTConfig):
         check_diffusion(run)
+    check_distill(run)
     _check_classes(run)
     if isinstance(net, VQTokenizerConfig):
         try:

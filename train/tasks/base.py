@@ -32,6 +32,7 @@ class Task(abc.ABC):
         mode: which of `modes` the functions of arrays compute in.
         optional: top-level parts of `params` and `stats` that a checkpoint named by `init_from` may
             lack; they start new.
+        sharded: top-level parts of `stats` that are cut over the mesh as parameters are.
     """
 
     run: Run
@@ -40,6 +41,7 @@ class Task(abc.ABC):
     metric = "loss"
     unit = "images"
     optional: ClassVar[tuple[str, ...]] = ()
+    sharded: ClassVar[tuple[str, ...]] = ()
 
     @property
     @abc.abstractmethod

@@ -1,0 +1,284 @@
+"""Attention of a trained DiT replaced by other mixers, which learn from it."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import lintime
+from lintime.model.nets.dit import DiT, DiTConfig
+from lintime.model.nets.replace_mixer import (
+    check_replacement,
+    errors,
+    is_mixer,
+    replace_mixers,
+    trace,
+)
+from lintime.train import loop
+from lintime.train.checkpoint import restore_inference
+from lintime.train.errors import UserError
+from lintime.train.schema import Distill, Optim
+from lintime.train.tasks.table import make_task
+from lintime.train.validate import validate
+from tests.tiny import assert_same, quick, read_lines, saved_state, values
+from tests.tiny_diffusion import dit_run, stopped_after
+from tests.tiny_images import write_images
+
+ONE = {"devices": jax.devices()[:1]}
+POM = {"mixer": "pom", "degree": 3, "rope": "none"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def fast():
+    with quick():
+        yield
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory) -> Path:
+    return write_images(tmp_path_factory.mktemp("images") / "noise.npz")
+
+
+@pytest.fixture(scope="module")
+def dit(images, tmp_path_factory):
+    """Run and folder of the teacher."""
+    run, folder = dit_run(images, flow=True), tmp_path_factory.mktemp("dit") / "run"
+    loop.train(run, folder, **ONE)
+    return run, folder
+
+
+def layers_of(run, teacher, **net):
+    """The run that trains the mixers of `run`'s net layer by layer."""
+    return dataclasses.replace(
+        run, net=dataclasses.replace(run.net, **POM | net), init_from=str(teacher), steps=12,
+        distill=Distill(teacher=str(teacher), layers=True),
+        optim=Optim(learning_rate=3e-2, warmup=1, schedule="constant"),
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def whole(dit, tmp_path_factory):
+    """Three stages in one folder: the teacher, layer by layer, end to end."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    shutil.copytree(dit[1], folder / "stages/0")
+    layers = layers_of(dit[0], "stage:../0")
+    run = dataclasses.replace(
+        layers, stages=(dit[0], layers), init_from="stage:1",
+        distill=Distill(teacher="stage:0", denoise_weight=0.5), steps=10,
+        optim=Optim(learning_rate=3e-3, warmup=1, schedule="constant"),
+    )  # fmt: skip
+    validate(run)
+    loop.train(run, folder, **ONE)
+    return run, folder
+
+
+def located(run, folder):
+    """As the loop has it."""
+    teacher = {"stage:0": folder / "stages/0", "stage:../0": folder.parent / "0"}
+    distill = dataclasses.replace(run.distill, teacher=str(teacher[run.distill.teacher]))
+    return dataclasses.replace(run, distill=distill)
+
+
+def averaged(run, folder):
+    """The weights that a run of a DiT starts others with."""
+    abstract = jax.eval_shape(DiffusionOf(run).init, jax.random.key(0))
+    return restore_inference(folder, abstract)["params"]
+
+
+def DiffusionOf(run):
+    return make_task(dataclasses.replace(run, distill=Distill()))
+
+
+# ---------------------------------------------------------------- nets
+
+
+@pytest.fixture(scope="module")
+def nets(dit):
+    """(net, params, inputs) of a teacher with weights that are not zero anywhere."""
+    config = dit[0].net
+    draw = np.random.default_rng(0)
+    x, t = draw.normal(size=(2, *config.shape)).astype(np.float32), np.float32([0.2, 0.7])
+    labels = np.array([1, 2], np.int32)
+    init = jax.eval_shape(DiT(config).init, jax.random.key(0), x, t, labels)["params"]
+    params = jax.tree.map(lambda a: np.float32(0.1 * draw.normal(size=a.shape)), init)
+    return DiT(config), params, (x, t, labels)
+
+
+@pytest.mark.parametrize("options", [{}, {"remat": "full"}, {"unroll": True}])
+def test_each_block_on_its_own_input_is_the_net(nets, options):
+    net, params, (x, t, labels) = nets
+    net = DiT(net.config, **options)
+    made = trace(net, params, x, t, labels=labels)
+    np.testing.assert_array_equal(made.out, net.apply({"params": params}, x, t, labels)[0])
+    np.testing.assert_array_equal(made.inputs[1:], made.outputs[:-1])
+    alone = lambda inputs: net.apply({"params": params}, inputs, t, labels, method=DiT.each_block)
+    np.testing.assert_allclose(alone(made.inputs), made.outputs, atol=1e-6)
+    # a block sees its own input only
+    changed = alone(made.inputs.at[0].add(1.0))
+    assert not np.allclose(changed[0], made.outputs[0], atol=1e-3)
+    np.testing.assert_allclose(changed[1], made.outputs[1], atol=1e-6)
+
+
+def test_errors_are_means_by_row():
+    a, b = np.zeros((3, 2, 4, 5), np.float32), np.ones((3, 2, 4, 5), np.float32)
+    b[:, 1] = -3
+    mse, mae = errors(jnp.asarray(a), jnp.asarray(b), stacked=True)
+    np.testing.assert_allclose(mse, [1, 9])
+    np.testing.assert_allclose(mae, [1, 3])
+    mse, mae = errors(jnp.asarray(a[0]), jnp.asarray(b[0]))
+    np.testing.assert_allclose((mse, mae), [[1, 9], [1, 3]])
+
+
+def test_what_is_kept_and_what_is_new(nets):
+    net, params, (x, t, labels) = nets
+    new = dataclasses.replace(net.config, **POM)
+    fresh = DiT(new).init(jax.random.key(0), x, t, labels)["params"]
+    student = replace_mixers(params, fresh, net.config, new)
+    assert jax.tree.structure(student) == jax.tree.structure(fresh)
+    which = is_mixer(student, new)
+    assert all(jax.tree.leaves(which["blocks"]["mixer"]))
+    assert sum(jax.tree.leaves(which)) == len(jax.tree.leaves(student["blocks"]["mixer"]))
+    assert student["blocks"]["mixer"] is fresh["blocks"]["mixer"]
+    assert student["blocks"]["mlp"] is params["blocks"]["mlp"]
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"d_model": 32}, "d_model=32 of the student is 16 in the teacher"),
+        ({"class_dropout": 0.0}, "set class_dropout=0.1"),
+    ],
+)
+def test_nets_that_differ_in_more(changes, message):
+    teacher = DiTConfig(d_model=16)
+    check_replacement(teacher, dataclasses.replace(teacher, **POM, n_head=4))
+    with pytest.raises(ValueError, match=message):
+        check_replacement(teacher, dataclasses.replace(teacher, **POM | changes))
+
+
+def test_contexts():
+    cross = DiTConfig(context="cross", context_dim=4, context_length=3)
+    check_replacement(cross, dataclasses.replace(cross, mixer="pom"))
+    with pytest.raises(ValueError, match="set n_head=16"):  # the context is attended to by them
+        check_replacement(cross, dataclasses.replace(cross, mixer="pom", n_head=4))
+    joint = dataclasses.replace(cross, context="joint")
+    with pytest.raises(ValueError, match="only context=none or cross"):
+        check_replacement(joint, joint)
+
+
+# ---------------------------------------------------------------- runs
+
+
+def test_layer_by_layer_trains_the_mixers_only(whole, dit):
+    run, folder = whole[0].stages[1], whole[1] / "stages/1"
+    task = make_task(located(run, folder))
+    state, teacher = saved_state(task.run, folder), averaged(*dit)
+    assert state.stats == {}
+    trained = is_mixer(state.params, run.net)
+    kept = {k: v for k, v in state.params["blocks"].items() if k != "mixer"}
+    assert_same(kept, {k: v for k, v in teacher["blocks"].items() if k != "attn"})
+    rest = lambda tree: {k: v for k, v in tree.items() if k != "blocks"}
+    assert_same(rest(state.params), rest(teacher))
+    fresh = jax.jit(DiffusionOf(run).init)(jax.random.key(run.seed))["params"]
+    same = jax.tree.map(lambda a, b: bool(np.array_equal(a, b)), state.params, fresh)
+    assert not any(jax.tree.leaves(same["blocks"]["mixer"]))
+    # moments of mixers only: two for each, and some counters
+    moments = [a for a in jax.tree.leaves(state.opt) if a.ndim]
+    assert len(moments) == 2 * sum(jax.tree.leaves(trained))
+    loss = values(read_lines(folder), "loss")
+    assert loss[-1] < 0.8 * loss[0]
+    lines = read_lines(folder)
+    assert lines[0]["loss"] == pytest.approx(
+        lines[0]["block_mse"] + lines[0]["block_mae"], rel=1e-5
+    )
+
+
+def test_end_to_end_trains_all(whole, dit):
+    run, folder = whole
+    before = averaged(run.stages[1], folder / "stages/1")
+    after = saved_state(located(run, folder), folder).params
+    same = jax.tree.map(lambda a, b: np.array_equal(a, b), before, after)
+    moved = [not s for s in jax.tree.leaves(same)]
+    assert np.mean(moved) > 0.9
+    lines = read_lines(folder)
+    block = [line["block_mse"] + line["block_mae"] for line in lines[:-1]]
+    assert block[-1] < 0.95 * block[0]
+    parts = {"block_mse", "block_mae", "output_mse", "output_mae", "denoise", "teacher_loss"}
+    assert parts <= lines[0].keys()
+    shares = [lines[0][n] for n in ("block_mse", "block_mae", "output_mse", "output_mae")]
+    assert lines[0]["loss"] == pytest.approx(sum(shares) + 0.5 * lines[0]["denoise"], rel=1e-5)
+
+
+def test_validation_has_the_losses_of_both(whole, dit):
+    run, folder = whole
+    last = read_lines(folder)[-1]
+    assert {"val_loss", "val_teacher_loss", "val_distill", "val_block_mse"} <= last.keys()
+    assert last["val_teacher_loss"] == pytest.approx(read_lines(dit[1])[-1]["val_loss"], rel=1e-5)
+
+
+def test_the_teacher_stays_and_is_nowhere_in_the_checkpoint(whole, dit):
+    run, folder = whole
+    task = make_task(located(run, folder))
+    fixed = task.fixed_stats()["teacher"]
+    assert_same(fixed, jax.tree.map(np.asarray, averaged(*dit)))
+    newest = folder / f"checkpoints/{run.steps}"
+    assert not (newest / "stats").exists()
+    meta = json.loads((newest / "meta/metadata").read_text())
+    assert list(meta["fixed"]) == ["teacher"]
+
+
+def test_the_student_is_a_dit_without_its_teacher(whole, tmp_path, capsys):
+    run, folder = whole
+    copy = tmp_path / "alone"
+    shutil.copytree(folder, copy, ignore=shutil.ignore_patterns("stages"))
+    loaded = lintime.load(copy)
+    assert loaded.generate([1, 2]).shape == (2, 8, 8, 3)
+    assert "mixer" in loaded.params["blocks"]
+    from lintime.train.finish import evaluate_run
+
+    again = evaluate_run(str(copy), [], "validation", None)
+    assert again == pytest.approx({"loss": read_lines(folder)[-1]["val_loss"]}, rel=1e-5)
+
+
+@pytest.mark.parametrize("stage", [1, None])
+def test_a_stopped_run_continues_bit_for_bit(stage, whole, tmp_path, monkeypatch):
+    """In the layers' stage, and end to end."""
+    run, folder = whole
+    copy = tmp_path / "run"
+    gone = ["samples"] + (["1", "checkpoints", "metrics.jsonl"] if stage else ["checkpoints"])
+    shutil.copytree(folder, copy, ignore=lambda at, names: [
+        n for n in names
+        if n in gone and (Path(at) == folder or Path(at) == folder / "stages" and stage)
+    ])  # fmt: skip
+    with stopped_after(5, monkeypatch):
+        result = loop.train(run, copy, **ONE)
+    assert (result.stopped, result.step) == ("SIGTERM", 5)
+    assert result.where == ("stage 1" if stage else "")
+    loop.train(run, copy, **ONE)
+    at = (lambda f: f / "stages/1") if stage else (lambda f: f)
+    own = run.stages[1] if stage else run
+    assert_same(
+        saved_state(located(own, at(copy)), at(copy)),
+        saved_state(located(own, at(folder)), at(folder)),
+    )
+    assert read_lines(at(copy)) == read_lines(at(folder))
+
+
+def test_another_teacher_is_refused(whole, tmp_path):
+    run, folder = whole
+    copy = shutil.copytree(folder, tmp_path / "run")
+    other = dataclasses.replace(run.stages[0], seed=1)
+    shutil.rmtree(copy / "stages/0")
+    loop.train(other, copy / "stages/0", **ONE)
+    longer = dataclasses.replace(run, stages=(other, run.stages[1]), steps=11)
+    path = copy / "config.json"
+    saved = json.loads(path.read_text())
+    saved["stages"][0]["seed"] = 1
+    path.write_text(json.dumps(saved))
+    with pytest.raises(UserError, match="the teacher weights are not those that this run"):
+        loop.train(longer, copy, **ONE)
