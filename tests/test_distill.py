@@ -1,6 +1,7 @@
 """Attention of a trained DiT replaced by other mixers, which learn from it."""
 
 import dataclasses
+import io
 import json
 import shutil
 from pathlib import Path
@@ -9,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 
 import lintime
 from lintime.model.nets.dit import DiT, DiTConfig
@@ -19,16 +21,19 @@ from lintime.model.nets.replace_mixer import (
     replace_mixers,
     trace,
 )
-from lintime.train import loop
+from lintime.train import finish, loop
 from lintime.train.checkpoint import restore_inference, save_inference
-from lintime.train.config_files import save_config
+from lintime.train.cli import main
+from lintime.train.config_files import read_config, save_config
+from lintime.train.convert.distill import distill_run
 from lintime.train.errors import UserError
-from lintime.train.finish import evaluate_run
+from lintime.train.override import apply_overrides
+from lintime.train.samples import distilled
 from lintime.train.schema import Distill, Optim
 from lintime.train.tasks.table import make_task
 from lintime.train.validate import validate
 from tests.tiny import assert_same, quick, read_lines, saved_state, values
-from tests.tiny_diffusion import dit_run, stopped_after
+from tests.tiny_diffusion import dit_run, flexible_run, stopped_after
 from tests.tiny_images import write_images
 
 ONE = {"devices": jax.devices()[:1]}
@@ -225,7 +230,7 @@ def test_validation_has_the_losses_of_both(whole, dit):
     run, folder = whole
     last = read_lines(folder)[-1]
     assert {"val_loss", "val_teacher_loss", "val_distill", "val_block_mse"} <= last.keys()
-    teacher = evaluate_run(str(dit[1]), [], "validation", None)
+    teacher = finish.evaluate_run(str(dit[1]), [], "validation", None)
     assert last["val_teacher_loss"] == pytest.approx(teacher["loss"], rel=1e-5)
 
 
@@ -247,32 +252,25 @@ def test_the_student_is_a_dit_without_its_teacher(whole, tmp_path, capsys):
     loaded = lintime.load(copy)
     assert loaded.generate([1, 2]).shape == (2, 8, 8, 3)
     assert "mixer" in loaded.params["blocks"]
-    again = evaluate_run(str(copy), [], "validation", None)
+    again = finish.evaluate_run(str(copy), [], "validation", None)
     assert again == pytest.approx({"loss": read_lines(folder)[-1]["val_loss"]}, rel=1e-5)
 
 
-@pytest.mark.parametrize("stage", [1, None])
-def test_a_stopped_run_continues_bit_for_bit(stage, whole, tmp_path, monkeypatch):
-    """In the layers' stage, and end to end."""
+@pytest.mark.parametrize("layers", [True, False])
+def test_a_stopped_run_continues_bit_for_bit(layers, whole, tmp_path, monkeypatch):
     run, folder = whole
     copy = tmp_path / "run"
-    gone = ["samples"] + (["1", "checkpoints", "metrics.jsonl"] if stage else ["checkpoints"])
-    shutil.copytree(folder, copy, ignore=lambda at, names: [
-        n for n in names
-        if n in gone and (Path(at) == folder or Path(at) == folder / "stages" and stage)
-    ])  # fmt: skip
+    shutil.copytree(folder / "stages", copy / "stages")
+    if layers:
+        shutil.rmtree(copy / "stages/1")
+        run, copy, folder = run.stages[1], copy / "stages/1", folder / "stages/1"
     with stopped_after(5, monkeypatch):
         result = loop.train(run, copy, **ONE)
     assert (result.stopped, result.step) == ("SIGTERM", 5)
-    assert result.where == ("stage 1" if stage else "")
     loop.train(run, copy, **ONE)
-    at = (lambda f: f / "stages/1") if stage else (lambda f: f)
-    own = run.stages[1] if stage else run
-    assert_same(
-        saved_state(located(own, at(copy)), at(copy)),
-        saved_state(located(own, at(folder)), at(folder)),
-    )
-    assert read_lines(at(copy)) == read_lines(at(folder))
+    same = [saved_state(located(run, place), place) for place in (copy, folder)]
+    assert_same(*same)
+    assert read_lines(copy) == read_lines(folder)
 
 
 def test_another_teacher_is_refused(whole, tmp_path):
@@ -288,3 +286,127 @@ def test_another_teacher_is_refused(whole, tmp_path):
     path.write_text(json.dumps(saved))
     with pytest.raises(UserError, match="the teacher weights are not those that this run"):
         loop.train(longer, copy, **ONE)
+
+
+def test_teacher_and_student_side_by_side(whole, capsys):
+    run, folder = whole
+    loaded = lintime.load(folder)
+    path = distilled.sample_distilled(loaded, run.sample, seed=3)
+    said = capsys.readouterr().out.splitlines()
+    assert [line.partition(":")[0] for line in said[:4]] == [
+        "teacher (attention)", "pom in its place", "layer by layer, 12 updates",
+        "end to end, 10 updates",
+    ]  # fmt: skip
+    losses = [float(line.rpartition(" ")[2]) for line in said[:4]]
+    last = read_lines(folder)[-1]
+    assert losses[0] == pytest.approx(last["val_teacher_loss"], rel=1e-3)
+    assert losses[3] == pytest.approx(last["val_loss"], rel=1e-3)
+    layers = read_lines(folder / "stages/1")[-1]
+    assert losses[2] == pytest.approx(layers["val_loss"], rel=1e-3)
+    with Image.open(path) as picture:
+        assert picture.width > 2 * picture.height
+    before = distilled.sample_distilled(loaded, run.sample, seed=3, out=io.StringIO())
+    assert before == path  # the same command writes the same file
+
+
+# ---------------------------------------------------------------- the command
+
+
+def test_the_command_trains_both_stages(dit, tmp_path, capsys, monkeypatch):
+    out, drawn = tmp_path / "out", []
+    monkeypatch.setattr(finish, "draw", lambda *_: None)
+    monkeypatch.setattr(distilled, "sample_distilled", lambda loaded, *_, **__: drawn.append(1))
+    words = ["distill", str(dit[1]), "--out", str(out), "--layer-steps", "2", "--steps", "2"]
+    words += ["net.degree=3", "optim.clip=0.5", "stages.0.optim.learning_rate=1e-3"]
+    assert main(words) == 0
+    said = capsys.readouterr().out
+    assert "teacher_loss" in said and f"distill {dit[1]} --mixer pom" in said
+    run = read_config(out / "config.json")
+    assert (run.net.mixer, run.net.degree, run.net.n_head) == ("pom", 3, 2)
+    assert run.process == dit[0].process and run.data == dit[0].data
+    assert run.distill == Distill(teacher=str(dit[1])) and run.init_from == "stage:0"
+    stage = run.stages[0]
+    assert stage.distill.layers and stage.init_from == str(dit[1]) and stage.net == run.net
+    assert (stage.optim.clip, stage.optim.learning_rate) == (0.5, 1e-3)
+    assert (out / "stages/0/metrics.jsonl").is_file()
+    assert drawn == [1]
+    again = distill_run(dit[1], layer_steps=2, steps=2, overrides=words[8:])
+    assert again == run  # the same command goes on
+
+
+@pytest.mark.parametrize("mixer", ["mamba2", "mamba1"])
+def test_other_mixers_take_the_same_way(mixer, dit):
+    run = distill_run(dit[1], mixer=mixer, layer_steps=0)
+    assert run.stages == () and run.init_from == str(dit[1])
+    task = make_task(run)
+    batch = task.abstract_batch() | {"step": jax.ShapeDtypeStruct((), "int32")}
+    weights = jax.eval_shape(task.init, jax.random.key(0))
+    loss = lambda p, s, batch: task.loss(p, s, {}, batch, jax.random.key(0))[0]
+    assert jax.eval_shape(loss, weights["params"], weights["stats"], batch).shape == ()
+
+
+def other(dit, folder, *overrides):
+    """Run directory of a DiT like the teacher, but for its config."""
+    run = apply_overrides(dit[0], overrides)
+    (folder / "checkpoints").mkdir(parents=True)
+    save_config(run, folder / "config.json")
+    return folder
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["TMP/none"], "none is no run directory; name a trained DiT, or make a run of published"),
+        (["DIT", "net.d_model=32"], "d_model=32 of the student is 16 in the teacher"),
+        (["DIT", "process.path=gvp"], "was trained with process.path=linear"),
+        (["DIT", "distill.layers=true", "distill.output_weight=2"], "would be ignored with"),
+        (["DIT", "--layer-steps", "0", "stages.0.steps=1"], "no stage with --layer-steps 0"),
+        (["DIT", "distill.block_weight=0", "distill.output_weight=0"], "nothing is learned"),
+        (["DIT", "distill.denoise_weight=-1"], "distill.denoise_weight=-1.0 is out of range"),
+        (["FLEXI"], "is a FlexiDiTConfig; only a DiT can be given another mixer"),
+        (["POM", "net.degree=2"], "has these mixers already"),
+    ],
+)
+def test_errors_of_the_command(words, message, dit, images, tmp_path, capsys):
+    if "FLEXI" in words:
+        (tmp_path / "FLEXI/checkpoints").mkdir(parents=True)
+        save_config(flexible_run(images, flow=True), tmp_path / "FLEXI/config.json")
+    if "POM" in words:
+        other(dit, tmp_path / "POM", "net.mixer=pom")
+    places = {"TMP/none": tmp_path / "none", "DIT": dit[1]}
+    places |= {name: tmp_path / name for name in ("FLEXI", "POM")}
+    words = [str(places.get(word, word)) for word in words]
+    assert main(["distill", *words, "--out", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "overrides, message",
+    [
+        (("distill.teacher=",), "distill.layers=True would be ignored: distill.teacher names none"),
+        (("init_from=",), "set init_from to the teacher's run"),
+        (("distill.teacher=nowhere",), "distill.teacher=nowhere is no run directory"),
+        (("distill.teacher=stage:../2",), "is no run directory"),
+    ],
+)
+def test_errors_of_a_run(overrides, message, dit, tmp_path):
+    run = apply_overrides(layers_of(dit[0], dit[1]), overrides)
+    with pytest.raises(UserError, match=message):
+        validate(run)
+        loop.train(run, tmp_path / "run", **ONE)
+
+
+def test_errors_of_stages(dit, tmp_path):
+    layers = layers_of(dit[0], "stage:../1")
+    run = dataclasses.replace(
+        layers, stages=(dit[0], layers), init_from="stage:1", distill=Distill(teacher="stage:0")
+    )
+    with pytest.raises(UserError, match=r"stages.1.init_from=stage:../1 is not before stage 1"):
+        loop.train(run, tmp_path / "run", **ONE)
+    wide = dataclasses.replace(dit[0], net=dataclasses.replace(dit[0].net, d_model=32))
+    run = dataclasses.replace(run, stages=(wide, layers_of(dit[0], "stage:../0")))
+    with pytest.raises(UserError, match=r"distill.teacher=stage:0: d_model=16 of the student"):
+        loop.train(run, tmp_path / "run", **ONE)
+    assert not (tmp_path / "run").exists()

@@ -12,7 +12,7 @@ import dataclasses
 from ...train.schema import Distill, Optim
 from ..dit.quickstart import config as dit
 
-teacher = dataclasses.replace(dit, steps=600)
+teacher = dataclasses.replace(dit, steps=1000)
 
 layers = dataclasses.replace(
     teacher,

@@ -30,7 +30,7 @@ from ..tasks.table import make_task
 from .images import picture_stem
 from .pictures import image_grid
 
-GRID, COLUMNS = 36, 6  # most images of a net, and in a row
+GRID, COLUMNS = 40, 10  # most images of a net, and in a row
 FILMS = 4  # most videos of a net whose frames are shown
 BATCHES = 20  # most validation batches of the losses
 
@@ -64,7 +64,7 @@ def sample_distilled(
         out.flush()
     folder, stem = picture_stem(loaded, sample, seed, end="distilled")
     where = folder / f"{stem}.png"
-    write_atomic(where, _picture(results))
+    write_atomic(where, _picture(results, min(sample.columns or COLUMNS, COLUMNS)))
     out.write(f"the same {loaded.noun} by teacher and student: {where}\n")
     return where
 
@@ -117,13 +117,13 @@ def _loss(model: LoadedDiffusion, data) -> float:
     return evaluate(TrainState(None, model.params, {}, {}, {}, {}))["loss"]
 
 
-def _picture(results: list[tuple[str, np.ndarray, float]]) -> bytes:
+def _picture(results: list[tuple[str, np.ndarray, float]], columns: int) -> bytes:
     """Grids of images, or of the frames of videos, one video in a row, side by side."""
     from matplotlib.figure import Figure
 
     def shown(images):
         if images.ndim == 4:
-            return image_grid(images, COLUMNS)
+            return image_grid(images, columns)
         videos = images[:FILMS]
         return image_grid(videos.reshape(-1, *videos.shape[2:]), videos.shape[1])
 
