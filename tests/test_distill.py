@@ -27,9 +27,12 @@ from lintime.train.cli import main
 from lintime.train.config_files import read_config, save_config
 from lintime.train.convert.distill import distill_run
 from lintime.train.errors import UserError
+from lintime.train.mesh import make_mesh, state_shardings
+from lintime.train.metrics import forward_flops
 from lintime.train.override import apply_overrides
 from lintime.train.samples import distilled
-from lintime.train.schema import Distill, Optim
+from lintime.train.schema import Distill, Mesh, Optim
+from lintime.train.step import init_state
 from lintime.train.tasks.table import make_task
 from lintime.train.validate import validate
 from tests.tiny import assert_same, quick, read_lines, saved_state, values
@@ -271,6 +274,30 @@ def test_a_stopped_run_continues_bit_for_bit(layers, whole, tmp_path, monkeypatc
     same = [saved_state(located(run, place), place) for place in (copy, folder)]
     assert_same(*same)
     assert read_lines(copy) == read_lines(folder)
+
+
+def test_a_mesh_computes_the_same_and_cuts_the_teacher(whole, dit, tmp_path):
+    run, mesh = layers_of(dit[0], dit[1]), Mesh(data=1, fsdp=2, tensor=2)
+    run = dataclasses.replace(run, mesh=mesh, steps=2)
+    loop.train(run, tmp_path / "run", devices=jax.devices()[:4])
+    alone, cut = read_lines(whole[1] / "stages/1"), read_lines(tmp_path / "run")
+    for name in ("loss", "teacher_loss"):
+        np.testing.assert_allclose(values(cut, name), values(alone, name)[:2], rtol=1e-4)
+    task = make_task(run)
+    abstract = jax.eval_shape(lambda key: init_state(task, run, key), jax.random.key(0))
+    layout = state_shardings(abstract, make_mesh(mesh, jax.devices()[:4]), task.sharded)
+    kernel = layout.stats["teacher"]["blocks"]["attn"]["qkv"]["kernel"]
+    assert kernel.spec == layout.params["blocks"]["mixer"]["qc_proj"]["kernel"].spec
+    assert "tensor" in kernel.spec
+
+
+def test_the_teacher_counts_as_one_pass(dit):
+    task = make_task(
+        dataclasses.replace(layers_of(dit[0], dit[1]), distill=Distill(teacher=str(dit[1])))
+    )
+    teacher = make_task(dit[0])
+    assert task.frozen_flops() == pytest.approx(forward_flops(teacher, dit[0]), rel=1e-3)
+    assert teacher.frozen_flops() == 0
 
 
 def test_another_teacher_is_refused(whole, tmp_path):

@@ -101,6 +101,10 @@ class Task(abc.ABC):
         """
         return {}
 
+    def frozen_flops(self) -> int:
+        """FLOPs (2 per multiply-add) of the loss of an update that no gradient passes through."""
+        return 0
+
     def init_carry(self, batch_size: int) -> Any:
         """Recurrent state between updates, batch on axis 1 of every leaf; {} if there is none."""
         return {}

@@ -26,6 +26,7 @@ from ...model.partition import parameter_shardings
 from ..checkpoint import FOLDER, restore_inference
 from ..config_files import read_config
 from ..errors import UserError
+from ..flops import count_flops
 from ..schema import Distill, Run
 from .diffusion import DiffusionTask
 
@@ -82,6 +83,16 @@ class DistillTask(DiffusionTask):
         names = {True: "mixers", False: "rest"}
         label = lambda params: jax.tree.map(names.__getitem__, is_mixer(params, self.dit))
         return optax.partition({"mixers": train, "rest": optax.set_to_zero()}, label)
+
+    def frozen_flops(self):
+        """The teacher's; layer by layer the blocks' frozen parts count as if they were trained."""
+        shape, rows = self.dit.shape, self.run.batch_size
+        x = jax.ShapeDtypeStruct((rows, *shape), "float32")
+        labels = jax.ShapeDtypeStruct((rows,), "int32")
+        net = DiT(self.teacher.net)
+        params = jax.eval_shape(_plain(self.teacher).init, jax.random.key(0))
+        call = lambda params, x, labels: net.apply(params, x, labels, labels)[0]
+        return count_flops(call, {"params": params["params"]}, x, labels)
 
     def _restored(self, path, wanted):
         """Weights of this net, or those of a DiT with other mixers, beside new mixers."""
