@@ -37,6 +37,7 @@ from lintime.train.tasks.table import make_task
 from lintime.train.validate import validate
 from tests.tiny import assert_same, quick, read_lines, saved_state, values
 from tests.tiny_diffusion import dit_run, flexible_run, stopped_after
+from tests.tiny_dit import make_config, random_params
 from tests.tiny_images import write_images
 
 ONE = {"devices": jax.devices()[:1]}
@@ -137,6 +138,24 @@ def test_each_block_on_its_own_input_is_the_net(nets, options):
     changed = alone(made.inputs.at[0].add(1.0))
     assert not np.allclose(changed[0], made.outputs[0], atol=1e-3)
     np.testing.assert_allclose(changed[1], made.outputs[1], atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["cross", "video"])
+def test_each_block_of_nets_of_texts_and_videos(kind):
+    extra = {
+        "cross": {"context": "cross", "context_dim": 6, "context_length": 3},
+        "video": {"frames": 2, "mixing": "factorised", "mixer": "pom"},
+    }[kind]
+    net, draw = DiT(make_config(**extra)), np.random.default_rng(0)
+    x = draw.normal(size=(2, *net.config.shape)).astype(np.float32)
+    t, told = np.float32([0.2, 0.7]), {"labels": np.array([1, 2]), "drop": np.array([True, False])}
+    if kind == "cross":
+        told["context"] = draw.normal(size=(2, 3, 6)).astype(np.float32)
+        told["context_mask"] = np.array([[True, True, False], [True] * 3])
+    params = random_params(net.config)
+    made = trace(net, params, x, t, **told)
+    alone = net.apply({"params": params}, made.inputs, t, **told, method=DiT.each_block)
+    np.testing.assert_allclose(alone, made.outputs, atol=1e-5)
 
 
 def test_errors_are_means_by_row():
@@ -361,10 +380,12 @@ def test_the_command_trains_both_stages(dit, tmp_path, capsys, monkeypatch):
     assert again == run  # the same command goes on
 
 
-@pytest.mark.parametrize("mixer", ["mamba2", "mamba1"])
-def test_other_mixers_take_the_same_way(mixer, dit):
-    run = distill_run(dit[1], mixer=mixer, layer_steps=0)
-    assert run.stages == () and run.init_from == str(dit[1])
+@pytest.mark.parametrize("mixer", ["pom", "mamba2", "mamba1"])
+@pytest.mark.parametrize("flow", [True, False])
+def test_other_mixers_and_diffusion_take_the_same_way(flow, mixer, dit, images, tmp_path):
+    teacher = dit[1] if flow else other((dit_run(images), None), tmp_path / "gaussian")
+    run = distill_run(teacher, mixer=mixer, layer_steps=0, overrides=["precision.remat=full"])
+    assert run.stages == () and run.init_from == str(teacher)
     task = make_task(run)
     batch = task.abstract_batch() | {"step": jax.ShapeDtypeStruct((), "int32")}
     weights = jax.eval_shape(task.init, jax.random.key(0))

@@ -58,7 +58,7 @@ def sample_distilled(
     data = open_split(run, "validation", path, encoded_dir(run, path))
     results = []
     for title, model in _models(loaded):
-        images = next(model.stream(wanted, seed=seed, **(model.settings(sample) | {"rows": GRID})))
+        images = np.concatenate(list(model.stream(wanted, seed=seed, **model.settings(sample))))
         results.append((title, images, _loss(model, data)))
         out.write(f"{title}: loss {results[-1][2]:.4g}\n")
         out.flush()
@@ -72,7 +72,8 @@ def sample_distilled(
 def _models(loaded: LoadedDiffusion) -> Iterator[tuple[str, LoadedDiffusion]]:
     """(what it is, net): one at a time, for each may be large."""
     place = resolve(loaded.config.distill.teacher, loaded.path)
-    yield f"teacher ({load_kind(place)})", load(place)
+    mixer = read_config(Path(place) / "config.json").net.mixer
+    yield f"teacher ({mixer})", load(place)
     later: list[tuple[str, Callable[[], LoadedDiffusion]]] = []
     run, path, step = loaded.config, loaded.path, loaded.step
     open_run: Callable[[], LoadedDiffusion] = lambda: loaded
@@ -92,11 +93,6 @@ def _models(loaded: LoadedDiffusion) -> Iterator[tuple[str, LoadedDiffusion]]:
         open_run = lambda before=before: load(before)
     for title, make in later:
         yield title, make()
-
-
-def load_kind(place: str) -> str:
-    """The mixer of the net of a run."""
-    return read_config(Path(place) / "config.json").net.mixer
 
 
 def _replaced(teacher: LoadedDiffusion, run: Run, path: Path) -> LoadedDiffusion:
