@@ -4,6 +4,8 @@ Paper: PoM, arXiv 2604.06129, which distils SD3 so; here a very small relative o
 1,797 digits, 8x8 pixels shown at 16x16. Stage 0 trains the teacher, a DiT with attention; stage 1
 the mixers that take its attention's place, layer by layer; then all of it end to end. Ends with one
 picture: teacher, student right after the replacement, after stage 1 and at the end.
+Measured: losses 0.1813, 0.3966, 0.2172, 0.1859 in this order, in 260 s of CPU time (of user and
+system together) on 2 cores that had much other work.
 Command: lintime train pom/distill_quickstart
 """
 
