@@ -25,6 +25,7 @@ examples:
   lintime prepare codes IMAGES --tokenizer RUN --out codes
   lintime prepare latents IMAGES --autoencoder DIR --out latents
   lintime prepare text IMAGES --encoder DIR --out text
+  lintime distill runs/dit --mixer pom --out runs/dit-pom
   lintime bench
 """
 
@@ -124,10 +125,7 @@ def _parser() -> _Parser:
     sub.add_argument("--list", action="store_true", help="list the configs and leave")
     sub.add_argument("--help-fields", action="store_true", help="list all fields and leave")
     sub.add_argument("--profile", metavar="A:B", help="trace updates A..B to DIR/profile")
-    sub.add_argument("--distributed", action="store_true", help="several processes, found by JAX")
-    sub.add_argument("--coordinator", default="", metavar="HOST:PORT", help="process 0, by address")
-    sub.add_argument("--processes", type=int, default=0, metavar="N", help="with --coordinator")
-    sub.add_argument("--process-index", type=int, default=-1, metavar="I", help="0 .. N-1")
+    _process_arguments(sub)
 
     sub = add(
         "eval", _eval,
@@ -199,7 +197,23 @@ def _parser() -> _Parser:
     from .convert.flexify import add_arguments as flexify_arguments
 
     flexify_arguments(sub)
+
+    sub = add(
+        "distill", _distill,
+        "Replace the attention of a trained DiT, and train what replaces it to do the same.",
+    )  # fmt: skip
+    from .convert.distill import add_arguments as distill_arguments
+
+    distill_arguments(sub)
+    _process_arguments(sub)
     return parser
+
+
+def _process_arguments(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--distributed", action="store_true", help="several processes, found by JAX")
+    sub.add_argument("--coordinator", default="", metavar="HOST:PORT", help="process 0, by address")
+    sub.add_argument("--processes", type=int, default=0, metavar="N", help="with --coordinator")
+    sub.add_argument("--process-index", type=int, default=-1, metavar="I", help="0 .. N-1")
 
 
 def _run_arguments(sub: argparse.ArgumentParser) -> None:
@@ -297,6 +311,12 @@ def _convert(arguments: argparse.Namespace) -> None:
 
 def _flexify(arguments: argparse.Namespace) -> None:
     from .convert.flexify import run_command
+
+    run_command(arguments)
+
+
+def _distill(arguments: argparse.Namespace) -> None:
+    from .convert.distill import run_command
 
     run_command(arguments)
 

@@ -86,7 +86,12 @@ def finish(run: Run, result: Result, words: Sequence[str]) -> None:
         print(f"\nno sample: data.{maker} names nothing that makes pixels")
     else:
         print("\nsample:")
-        draw(load(run_dir), run.sample, run.seed)
+        loaded = load(run_dir)
+        draw(loaded, run.sample, run.seed)
+        if run.distill.teacher:
+            from .samples.distilled import sample_distilled
+
+            sample_distilled(loaded, run.sample, seed=run.seed)
     print(f"loss curve  {run_dir}/plots/loss.png\nmetrics     {run_dir}/metrics.jsonl")
     here, lintime = shlex.quote(str(run_dir)), " ".join(program())
     lines = [f"  train longer     {shlex.join(_with(words, f'steps={2 * run.steps}'))}"]

@@ -25,7 +25,7 @@ from .mesh import check_batch, local_rows, make_mesh, put_batch, state_shardings
 from .metrics import Clock
 from .prepare.encoding import encode_data
 from .schema import Checkpoint, CodeData, ImageData, Run
-from .stages import check_stages, is_finished, resolve, stage_dir, stages_of
+from .stages import check_stages, is_finished, located, resolve, stage_dir, stages_of
 from .start import check_fixed, digest, placed, start_from, without
 from .step import init_state, jit_step, make_train_step
 from .tasks.table import make_task
@@ -91,7 +91,7 @@ def train(
             if result.stopped:
                 return dataclasses.replace(result, where=f"stage {number}")
     encoded = encode_data(run, run_dir)
-    task = make_task(run)
+    task = make_task(located(run, run_dir))
     train_data = open_split(run, "train", run_dir, encoded)
     val_data = open_split(run, "validation", run_dir, encoded)
     task.check_data(train_data)
@@ -107,7 +107,7 @@ def train(
     rows = local_rows(mesh, run.batch_size)
     with jax.set_mesh(mesh):
         abstract = jax.eval_shape(lambda k: init_state(task, run, k), jax.random.key(run.seed))
-        shardings = state_shardings(abstract, mesh)
+        shardings = state_shardings(abstract, mesh, task.sharded)
         abstract = jax.tree.map(
             lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, shardings
         )
@@ -125,7 +125,6 @@ def train(
         _check_fingerprint(checkpoints.meta(start).get("fingerprint"), meta["fingerprint"])
         check_fixed(checkpoints.meta(start).get("fixed") or {}, meta.get("fixed") or {})
         state = checkpoints.restore(without(abstract, fixed), start)
-        state = state.replace(stats=state.stats | placed(fixed, shardings.stats))
     else:
         start = 0
         with jax.set_mesh(mesh):
@@ -134,6 +133,8 @@ def train(
         if run.init_from:
             path = resolve(run.init_from, run_dir)
             state, new = start_from(task, path, state, without(abstract, fixed))
+    state = state.replace(stats=state.stats | placed(fixed, shardings.stats))
+    fixed = frozenset(fixed)  # their names; the arrays are on the devices now
     if primary:
         save_config(run, saved_config)
         truncate_metrics(run_dir / "metrics.jsonl", start)

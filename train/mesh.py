@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 
 import jax
 import numpy as np
@@ -52,8 +53,14 @@ def check_batch(run: Run, mesh: jax.sharding.Mesh) -> None:
         )
 
 
-def state_shardings(state: TrainState, mesh: jax.sharding.Mesh) -> TrainState:
-    """Shardings for an abstract TrainState: parameters and their moments by rule, carry by rows."""
+def state_shardings(
+    state: TrainState, mesh: jax.sharding.Mesh, sharded: Collection[str] = ()
+) -> TrainState:
+    """Shardings for an abstract TrainState: parameters and their moments by rule, carry by rows.
+
+    Args:
+        sharded: parts of `stats` that are laid out as parameters; the others are whole everywhere.
+    """
     everywhere = lambda tree: jax.tree.map(lambda _: NamedSharding(mesh, PartitionSpec()), tree)
     by_row = NamedSharding(mesh, PartitionSpec(None, ACTIVATION_AXES["batch"]))
     return TrainState(
@@ -61,7 +68,10 @@ def state_shardings(state: TrainState, mesh: jax.sharding.Mesh) -> TrainState:
         params=parameter_shardings(state.params, mesh),
         opt=parameter_shardings(state.opt, mesh),
         ema=parameter_shardings(state.ema, mesh),
-        stats=everywhere(state.stats),
+        stats={
+            name: parameter_shardings(tree, mesh) if name in sharded else everywhere(tree)
+            for name, tree in state.stats.items()
+        },
         carry=jax.tree.map(lambda _: by_row, state.carry),
     )
 

@@ -28,7 +28,7 @@ class Clock:
         self.flops = None
         if flops.peak_flops(self.devices[0]) is not None:
             with jax.set_mesh(mesh):
-                self.flops = 3 * forward_flops(task, run)
+                self.flops = 3 * forward_flops(task, run) - 2 * task.frozen_flops()
         self.pause()
 
     def pause(self) -> None:

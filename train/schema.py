@@ -236,6 +236,28 @@ class EMA:
 
 
 @dataclass
+class Distill:
+    """Training of a DiT with other mixers to do what a trained one does (`lintime distill`).
+
+    Attributes:
+        teacher: run directory of the trained DiT, or "stage:n". It must differ from the net in its
+            mixers only. "": no distillation.
+        layers: layer by layer: every block gets what goes into the teacher's block and is to give
+            what comes out; only mixers train. Without it end to end: the net runs on its own, and
+            all of it trains.
+        block_weight, output_weight: weights of mean squared plus mean absolute error of the blocks'
+            outputs (their mean over the blocks), and of the net's; end to end only.
+        denoise_weight: of the loss of `process` itself; end to end only.
+    """
+
+    teacher: str = ""
+    layers: bool = False
+    block_weight: float = 1.0
+    output_weight: float = 1.0
+    denoise_weight: float = 0.0
+
+
+@dataclass
 class Precision:
     """How a step is computed.
 
@@ -452,6 +474,7 @@ class Run:
     steps: int = 1000
     batch_size: int = 8
     init_from: str = ""
+    distill: Distill = Distill()
     stages: tuple[Run, ...] = ()
 
 

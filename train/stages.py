@@ -1,7 +1,7 @@
 """Pipelines: a run may have stages, runs of their own that come first and that it builds on.
 
 Stage n lives in RUN/stages/n and is resumable by itself. A field that takes a run directory takes
-"stage:n" as well.
+"stage:n" as well, and in a stage "stage:../n", which is an earlier stage of the same run.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from .config_files import check_continuation, read_config
 from .errors import UserError
 from .schema import CodeData, ImageData, Run
 from .tasks.codes import check_codes
+from .tasks.distill import check_teacher
 
-_STAGE = re.compile(r"stage:(\d+)")
+_STAGE = re.compile(r"stage:(\.\./)?(\d+)")
 
 
 def stage_dir(run_dir: str | Path, number: int) -> Path:
@@ -26,9 +27,20 @@ def stage_dir(run_dir: str | Path, number: int) -> Path:
 
 
 def resolve(path: str, run_dir: str | Path) -> str:
-    """A path as a config has it: "stage:n" is that stage's run directory, all else stays."""
+    """A path as a config has it: "stage:n" is that stage's run directory, "stage:../n" that of the
+    stage beside this one, all else stays.
+    """
     found = _STAGE.fullmatch(path)
-    return str(stage_dir(run_dir, int(found[1]))) if found else path
+    if not found:
+        return path
+    beside = Path(run_dir).parent / found[2]
+    return str(beside if found[1] else stage_dir(run_dir, int(found[2])))
+
+
+def located(run: Run, run_dir: str | Path) -> Run:
+    """The run with its teacher as a path."""
+    teacher = resolve(run.distill.teacher, run_dir)
+    return dataclasses.replace(run, distill=dataclasses.replace(run.distill, teacher=teacher))
 
 
 def stages_of(run: Run) -> dict[int, Run]:
@@ -37,7 +49,7 @@ def stages_of(run: Run) -> dict[int, Run]:
     """
     own = getattr(run.data, "images", run.data)
     filled = {}
-    for number in sorted(_references(run).values()):
+    for number in _needed(run):
         stage = run.stages[number]
         if isinstance(stage.data, ImageData) and not stage.data.path and isinstance(own, ImageData):
             stage = dataclasses.replace(stage, data=dataclasses.replace(stage.data, path=own.path))
@@ -45,13 +57,24 @@ def stages_of(run: Run) -> dict[int, Run]:
     return filled
 
 
-def _references(run: Run) -> dict[str, int]:
-    """Field -> number of the stage that it names."""
-    fields = {"init_from": run.init_from}
+def _needed(run: Run) -> list[int]:
+    """Numbers of the stages that the run refers to, also by way of other stages."""
+    needed, todo = set(), list(_references(run).values())
+    while todo:
+        number = todo.pop()
+        if number not in needed:
+            needed.add(number)
+            todo += _references(run.stages[number], beside=True).values()
+    return sorted(needed)
+
+
+def _references(run: Run, beside: bool = False) -> dict[str, int]:
+    """Field -> number of the stage that it names: one of its own, or of those beside it."""
+    fields = {"init_from": run.init_from, "distill.teacher": run.distill.teacher}
     if isinstance(run.data, CodeData):
         fields["data.tokenizer"] = run.data.tokenizer
     found = {field: _STAGE.fullmatch(value) for field, value in fields.items()}
-    return {field: int(match[1]) for field, match in found.items() if match}
+    return {f: int(match[2]) for f, match in found.items() if match and bool(match[1]) == beside}
 
 
 def check_stages(run: Run) -> None:
@@ -70,6 +93,17 @@ def check_stages(run: Run) -> None:
             )
         if field == "data.tokenizer":
             _check_tokenizer(run, run.stages[number].net, f"{field}=stage:{number}")
+        if field == "distill.teacher":
+            check_teacher(run.stages[number], run, f"stage:{number}")
+    for place, stage in enumerate(run.stages):
+        for field, number in _references(stage, beside=True).items():
+            if number >= place:
+                raise UserError(
+                    f"stages.{place}.{field}=stage:../{number} is not before stage {place}; name "
+                    "an earlier stage or a run directory"
+                )
+            if field == "distill.teacher":
+                check_teacher(run.stages[number], stage, f"stage:../{number}")
 
 
 def _check_tokenizer(run: Run, tokenizer, what: str) -> None:

@@ -46,6 +46,7 @@ from .schema import (
     Sample,
     VideoData,
 )
+from .tasks.distill import check_distill
 from .tasks.tokenizer import check_perceptual
 from .validate_diffusion import check_diffusion
 
@@ -134,7 +135,7 @@ _RANGES = (
         "net.context_start "
         "process.distill_variance process.match net.base_size net.underlying net.frames "
         "net.base_patch_frames net.registers net.clamp net.input_width sample.frames ema.start "
-        "ema.power",
+        "ema.power distill.block_weight distill.output_weight distill.denoise_weight",
     ),
     (
         "in [0, 1)",
@@ -228,6 +229,7 @@ def _check_relations(run: Run) -> None:
         raise UserError(f"net.num_classes={net.num_classes} is out of range; it must be >= 1")
     if isinstance(run.sample, DiffusionSample):
         check_diffusion(run)
+    check_distill(run)
     _check_classes(run)
     if isinstance(net, VQTokenizerConfig):
         try:

@@ -32,6 +32,7 @@ class Task(abc.ABC):
         mode: which of `modes` the functions of arrays compute in.
         optional: top-level parts of `params` and `stats` that a checkpoint named by `init_from` may
             lack; they start new.
+        sharded: top-level parts of `stats` that are cut over the mesh as parameters are.
     """
 
     run: Run
@@ -40,6 +41,7 @@ class Task(abc.ABC):
     metric = "loss"
     unit = "images"
     optional: ClassVar[tuple[str, ...]] = ()
+    sharded: ClassVar[tuple[str, ...]] = ()
 
     @property
     @abc.abstractmethod
@@ -98,6 +100,10 @@ class Task(abc.ABC):
         They are read anew when a run continues, and are no part of its checkpoints.
         """
         return {}
+
+    def frozen_flops(self) -> int:
+        """FLOPs (2 per multiply-add) of the loss of an update that no gradient passes through."""
+        return 0
 
     def init_carry(self, batch_size: int) -> Any:
         """Recurrent state between updates, batch on axis 1 of every leaf; {} if there is none."""

@@ -37,7 +37,7 @@ from ...model.processes.flexible import (
 from ...model.processes.flow import FlowMatching
 from ..checkpoint import restore_inference
 from ..config_files import read_config
-from ..schema import FlexibleSample, Run
+from ..schema import Distill, FlexibleSample, Run
 from .diffusion import DiffusionTask
 
 
@@ -192,7 +192,7 @@ def flexible_run(run: Run, net: FlexiDiTConfig) -> Run:
     process = (FlexibleFlow if flow else FlexibleDiffusion)(**vars(run.process), **terms)
     sample = FlexibleSample(**vars(run.sample))
     return dataclasses.replace(
-        run, net=net, process=process, sample=sample, init_from="", stages=()
+        run, net=net, process=process, sample=sample, init_from="", distill=Distill(), stages=()
     )
 
 

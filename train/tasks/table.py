@@ -15,6 +15,7 @@ from ..schema import Run
 from .base import Task
 from .codes import ClassCodesTask
 from .diffusion import DiffusionTask
+from .distill import DistillTask
 from .flexible import FlexibleTask
 from .text import LanguageModelTask
 from .tokenizer import TokenizerTask
@@ -33,5 +34,7 @@ TASKS: dict[type, type[Task]] = {
 
 
 def make_task(run: Run) -> Task:
-    """The task of a run, by the type of its net."""
+    """The task of a run, by the type of its net, and whether it has a teacher."""
+    if run.distill.teacher:
+        return DistillTask(run)
     return TASKS[type(run.net)](run)
