@@ -9,15 +9,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 
 from .. import dispatch
 from ..compat import vary
 from . import pallas_gpu
-from .aggregate import aggregate, repeat_frames, runs
-from .operands import prepare
+from .aggregate import aggregate, counts, means, repeat_frames, runs
+from .operands import Operands, prepare
 from .pallas_gpu import poly_mix_gpu
+from .projected import projected_sums
 from .reference import activation, poly_mix_reference
 from .rope import Rotation, rope_frequencies, rope_rotation, rotate
 from .state import PolyState, init_state, merge_states
@@ -124,6 +126,54 @@ def gated_causal_mix(
     return (gate[..., None].astype(out_dtype) * rows.reshape(shape)).reshape(h.shape), last
 
 
+def projected_mean(
+    x: Array,
+    kernel: Array,
+    coeff: Array,
+    *,
+    weights: Array | None = None,
+    state: PolyState | None = None,
+    implementation: str | None = None,
+) -> tuple[Array, Array, PolyState]:
+    """The mean of `poly_mix` for h = x W_h, and x W_s, with [W_h, W_s] one matrix.
+
+    As two matmuls and `poly_mix`, but the gradients of both products lie side by side, so that
+    those of x and W take one matmul each.
+
+    Args:
+        x: [B, N, d]. kernel: [d, E + S], W_h first; of x's dtype.
+        coeff, weights, state, implementation: as for `poly_mix`.
+
+    Returns:
+        the row [B, 1, E] in at least float32, x W_s [B, N, S] and the state.
+
+    Raises:
+        ValueError: as `poly_mix`.
+    """
+    shape = (*x.shape[:2], coeff.shape[0])
+    like = jnp.broadcast_to(jnp.zeros((), x.dtype), shape)  # for its shape: never computed
+    _, coeff, weights, _, state, _ = prepare(like, coeff, weights, None, state, None, False, None)
+    operands = Operands(jax.ShapeDtypeStruct(shape, x.dtype), coeff, weights, None, state, None)
+    name = dispatch.resolve(
+        "poly_mix", implementation, IMPLEMENTATIONS, x=x, channels=coeff.shape[0],
+        unable={"pallas_gpu": pallas_gpu.unable(operands, False, None)},
+    )  # fmt: skip
+    if name == "pallas_gpu" and (kernel.shape[1] - coeff.shape[0]) % 8:
+        name = "xla"  # rows of whole 16 bytes
+    x, kernel, coeff, weights, state = vary(
+        everything := (x, kernel, coeff, weights, state), everything
+    )
+    if name == "reference":
+        h = jnp.dot(x, kernel[:, : coeff.shape[0]])
+        operands = prepare(h, coeff, weights, None, state, None, False, None)
+        rows, state = poly_mix_reference(operands, False, None, coeff.dtype)
+        return rows, jnp.dot(x, kernel[:, coeff.shape[0] :]), state
+    sums, beside = projected_sums(x, kernel, coeff, weights, name == "pallas_gpu")
+    count = counts(x.shape[0], x.shape[1], weights, False, shape[1:2], coeff.dtype)
+    rows, state = means(sums, count, state)
+    return rows, beside, state
+
+
 __all__ = [
     "IMPLEMENTATIONS",
     "PolyState",
@@ -135,6 +185,7 @@ __all__ = [
     "merge_states",
     "poly_mix",
     "polynomial",
+    "projected_mean",
     "repeat_frames",
     "rope_frequencies",
     "rope_rotation",
