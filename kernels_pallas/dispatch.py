@@ -28,24 +28,20 @@ _EVERYWHERE = {
     "gpu:NVIDIA GH*": _HOPPER,  # Grace Hopper
     "*": ("xla", "reference"),
 }
+_GPU_KERNEL = {
+    "cpu:*": ("xla", "reference", "pallas_gpu"),
+    "gpu:NVIDIA H*": _HOPPER,
+    "gpu:NVIDIA GH*": _HOPPER,
+    "*": ("xla", "reference"),
+}
 IMPLEMENTATIONS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "vq_attention": {"*": ("xla", "reference")},
     "linear_scan": _EVERYWHERE,
     "causal_conv1d": _EVERYWHERE,
     "selective_scan": _EVERYWHERE,
     "ssd": _EVERYWHERE,
-    "poly_mix": {  # the kernel by name only, until it has been measured
-        "cpu:*": ("xla", "reference", "pallas_gpu"),
-        "gpu:NVIDIA H*": ("xla", "reference", "pallas_gpu"),
-        "gpu:NVIDIA GH*": ("xla", "reference", "pallas_gpu"),
-        "*": ("xla", "reference"),
-    },
-    "ssd_decode": {
-        "cpu:*": ("xla", "reference", "pallas_gpu"),
-        "gpu:NVIDIA H*": _HOPPER,
-        "gpu:NVIDIA GH*": _HOPPER,
-        "*": ("xla", "reference"),
-    },
+    "poly_mix": _GPU_KERNEL,
+    "ssd_decode": _GPU_KERNEL,
 }
 
 # What None does not give a kernel: mostly padding it would be, or more than a grid takes.
@@ -76,8 +72,8 @@ def interpret(platform: str) -> Any:
     return False if current_device().startswith(platform) else compat.interpret_mode(platform)
 
 
-def _cannot_be_split(x: Any) -> bool:
-    """Whether the compiler would have to split a kernel over devices, which it cannot.
+def must_be_split(x: Any) -> bool:
+    """Whether the compiler has to split operations on x over devices, which it cannot for kernels.
 
     That is so on a mesh of several devices, unless inside a `shard_map` over all of it, and for
     arrays with sharded types. The mesh must be the current one (`set_mesh`), or of x's type.
@@ -95,7 +91,7 @@ def _cannot_be_split(x: Any) -> bool:
 
 def _gives_kernels(x: Any, channels: int | None) -> bool:
     """Whether None may give a kernel to operands like x [B, T, ...]; see `resolve`."""
-    if _cannot_be_split(x) or not compat.GPU_KERNELS_TRIED:
+    if must_be_split(x) or not compat.GPU_KERNELS_TRIED:
         return False
     if x is not None and (x.shape[1] < FEW_STEPS or x.shape[0] > MANY_ROWS):
         return False

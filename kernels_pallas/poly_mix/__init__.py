@@ -9,16 +9,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 
 from .. import dispatch
 from ..compat import vary
 from . import pallas_gpu
-from .aggregate import aggregate, repeat_frames, runs
-from .operands import prepare, unable
+from .aggregate import aggregate, counts, repeat_frames, rows_from_sums, runs
+from .operands import Operands, prepare, unable
 from .pallas_gpu import poly_mix_gpu
 from .pallas_tpu import poly_mix_tpu
+from .projected import projected_sums
 from .reference import activation, poly_mix_reference
 from .rope import Rotation, rope_frequencies, rope_rotation, rotate
 from .segments import poly_mix_segments, segment_means
@@ -129,6 +131,53 @@ def gated_causal_mix(
     return (gate[..., None].astype(out_dtype) * rows.reshape(shape)).reshape(h.shape), last
 
 
+def projected_mean(
+    x: Array,
+    kernel: Array,
+    coeff: Array,
+    *,
+    weights: Array | None = None,
+    state: PolyState | None = None,
+    implementation: str | None = None,
+) -> tuple[Array, Array, PolyState]:
+    """The mean of `poly_mix` for h = x W_h, and x W_s, with [W_h, W_s] one matrix.
+
+    As two matmuls and `poly_mix`, but the gradients of both products lie side by side, so that
+    those of x and W take one matmul each.
+
+    Args:
+        x: [B, N, d]. kernel: [d, E + S], W_h first; of x's dtype.
+        coeff, weights, state, implementation: as for `poly_mix`.
+
+    Returns:
+        the row [B, 1, E] in at least float32, x W_s [B, N, S] and the state.
+
+    Raises:
+        ValueError: as `poly_mix`.
+    """
+    shape = (*x.shape[:2], coeff.shape[0])
+    like = jnp.broadcast_to(jnp.zeros((), x.dtype), shape)  # for its shape: never computed
+    _, coeff, weights, _, state, _ = prepare(like, coeff, weights, None, state, None, False, None)
+    operands = Operands(jax.ShapeDtypeStruct(shape, x.dtype), coeff, weights, None, state, None)
+    name = dispatch.resolve(
+        "poly_mix", implementation, IMPLEMENTATIONS, x=x, channels=coeff.shape[0],
+        unable=_unable(operands, False, None),
+    )  # fmt: skip
+    x, kernel, coeff, weights, state = vary(
+        everything := (x, kernel, coeff, weights, state), everything
+    )
+    whole = (kernel.shape[1] - coeff.shape[0]) % 8 == 0  # rows of whole 16 bytes
+    if not (name == "xla" or name == "pallas_gpu" and whole):
+        h = jnp.dot(x, kernel[:, : coeff.shape[0]])
+        operands = prepare(h, coeff, weights, None, state, None, False, None)
+        rows, state = IMPLEMENTATIONS[name](operands, False, None, coeff.dtype)
+        return rows, jnp.dot(x, kernel[:, coeff.shape[0] :]), state
+    sums, beside = projected_sums(x, kernel, coeff, weights, name == "pallas_gpu")
+    count = counts(x.shape[1], weights, False, shape[1:2], coeff.dtype)
+    rows, state = rows_from_sums(sums, count, state)
+    return rows, beside, state
+
+
 def _unable(operands, causal, frames):
     return unable(operands, frames) | {"pallas_gpu": pallas_gpu.unable(operands, causal, frames)}
 
@@ -145,6 +194,7 @@ __all__ = [
     "poly_mix",
     "poly_mix_segments",
     "polynomial",
+    "projected_mean",
     "repeat_frames",
     "rope_frequencies",
     "rope_rotation",

@@ -95,36 +95,44 @@ def moments(h: Array, degree: int, weights: Array | None, frames, dtype) -> Arra
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def weighted_sums(h, coeff, weights, frames, sums_of):
+def weighted_sums(h, coeff, weights, frames, kernels=None):
     """sum of w_n p(h_n) over the tokens of each frame [B, F, E], by the sums of the powers.
 
     With these the gradient of the coefficients needs no other look at h, and that of h is one pass
     that reads h and writes dh.
 
     Args:
-        frames: their lengths. sums_of: `moments`, or another function of the same arguments.
+        frames: their lengths. kernels: for one frame, functions that do the two passes, `moments`
+            and `change`, or None.
     """
-    if sums_of is not moments:
-        return _weighted_sums(h, coeff, weights, frames, sums_of)[0]
+    if kernels:
+        return _weighted_sums(h, coeff, weights, frames, kernels)[0]
     p = _polynomial(h, coeff, seen_tokens(weights, None))
     return frame_sums(p if weights is None else spread(weights, p) * p, frames)
 
 
-def _weighted_sums(h, coeff, weights, frames, sums_of):
-    powers = sums_of(h, coeff.shape[1], weights, frames, coeff.dtype)
+def _weighted_sums(h, coeff, weights, frames, kernels):
+    powers = (kernels or (moments,))[0](h, coeff.shape[1], weights, frames, coeff.dtype)
     return jnp.sum(powers * coeff, axis=-1), (h, coeff, weights, powers)
 
 
-def _weighted_sums_backward(frames, sums_of, saved, ct):
-    del sums_of
+def _weighted_sums_backward(frames, kernels, saved, ct):
     h, coeff, weights, powers = saved
-    dp = ct if ct.shape[1] == 1 else repeat_frames(ct, frames)
-    dp = dp if weights is None else spread(weights, dp) * dp
-    seen = seen_tokens(weights, None)
-    wide = select_seen(h, seen).astype(coeff.dtype)
-    dh = select_seen(dp * derivative(wide, coeff), seen)
     dcoeff = jnp.sum(ct[..., None] * powers, axis=(0, 1))
-    return dh.astype(h.dtype), dcoeff, None
+    if kernels:
+        return kernels[1](h, coeff, weights, ct, None), dcoeff, None
+    ct = ct if ct.shape[1] == 1 else repeat_frames(ct, frames)
+    return change(h, coeff, weights, ct, None), dcoeff, None
+
+
+def change(h: Array, coeff: Array, weights: Array | None, ct: Array, beside: Array | None) -> Array:
+    """The gradient of h [B, N, E] from that of the weighted sums of its polynomials, ct [B, 1, E]
+    (or [B, N, E]); `beside` [B, N, S] follows it in the same rows, [B, N, E + S]."""
+    dp = ct if weights is None else spread(weights, ct) * ct
+    seen = seen_tokens(weights, None)
+    dh = select_seen(dp * derivative(select_seen(h, seen).astype(coeff.dtype), coeff), seen)
+    dh = dh.astype(h.dtype)
+    return dh if beside is None else jnp.concatenate([dh, beside], axis=-1)
 
 
 weighted_sums.defvjp(_weighted_sums, _weighted_sums_backward)
@@ -143,7 +151,7 @@ def poly_mix_xla(operands: Operands, causal: bool, frames, out_dtype):
         h = row_major(h)
     plain = rotation is None and query_weights is None and not causal
     if plain and few_rows(n, len(by_frame), coeff.shape[1]):
-        sums = weighted_sums(h, coeff, weights, by_frame, moments)
+        sums = weighted_sums(h, coeff, weights, by_frame)
         sums = sums if sums.shape[1] == 1 else jnp.cumsum(sums, axis=1)
         count = counts(n, weights, False, by_frame, coeff.dtype)
         rows, last = rows_from_sums(sums, count, state)

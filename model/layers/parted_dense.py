@@ -16,7 +16,7 @@ from ...kernels_pallas.compat import vary
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def dot_parts(x, kernel, bias, ends):
+def _dot_parts(x, kernel, bias, ends):
     """x kernel + bias, columns cut at `ends` into arrays of their own; bias may be None."""
     parts = tuple(jnp.dot(x, part) for part in jnp.split(kernel, ends, axis=-1))
     if bias is None:
@@ -36,8 +36,8 @@ def _dot_parts_bwd(ends, operands, parts):
     return *pull(dy), lax.reduce(dy, zero, lax.add, axes)
 
 
-dot_parts.defvjp(
-    lambda x, kernel, bias, ends: (dot_parts(x, kernel, bias, ends), (x, kernel, bias)),
+_dot_parts.defvjp(
+    lambda x, kernel, bias, ends: (_dot_parts(x, kernel, bias, ends), (x, kernel, bias)),
     _dot_parts_bwd,
 )
 
@@ -68,5 +68,5 @@ class PartedDense(nn.Module):
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros, (total,)).astype(self.dtype)
         operands = (x, kernel, bias)
-        parts = dot_parts(*vary(operands, operands), ends)
+        parts = _dot_parts(*vary(operands, operands), ends)
         return parts[0] if whole else parts

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from ...kernels_pallas.compat import vary
+from ...kernels_pallas import dispatch
 from ...kernels_pallas.matmul import matmul
 from ...kernels_pallas.poly_mix import (
     PolyState,
@@ -24,6 +24,7 @@ from ...kernels_pallas.poly_mix import (
     init_state,
     poly_mix,
     poly_mix_segments,
+    projected_mean,
     repeat_frames,
     rope_frequencies,
     rope_rotation,
@@ -32,7 +33,6 @@ from ...kernels_pallas.poly_mix import (
 )
 from ...kernels_pallas.time_axis import valid_mask
 from ..layers.mlp import uniform_fan_in
-from ..layers.parted_dense import dot_parts
 from ..partition import constrain
 
 AXES = {"none": 0, "1d": 1, "2d": 2}
@@ -208,23 +208,20 @@ class PolynomialMixer(nn.Module):
         context = x if context is None else context.astype(self.dtype)
         if self.groups == 1:
             kernel, _ = self.qc_proj()
-            bias = self.se_bias.astype(self.dtype)
-            if context is x and not self.causal:  # where kernels write gradients, it is a copy
-                operands = vary((x, kernel), (x, kernel))
-                h, gate = dot_parts(*operands, None, (width,))
-                return self._gated(h, gate + bias)
-            h, kernel = jnp.dot(context, kernel[:, :width]), kernel[:, width:]
+            h = jnp.dot(context, kernel[:, :width])
+            kernel, bias = kernel[:, width:], self.se_bias.astype(self.dtype)
         else:
             kernel, bias = self.po_proj()
             cut = context.reshape(*context.shape[:-1], self.groups, -1)
             h = jnp.einsum("bngi,gio->bngo", cut, kernel).reshape(*context.shape[:-1], width)
             h = h if bias is None else h + bias
             kernel, bias = self.se_proj()
-        return self._gated(h, jnp.dot(x, kernel) + bias)
+        h = constrain(h, "batch", "seq", "features")
+        return h, self._gate(jnp.dot(x, kernel) + bias)
 
-    def _gated(self, h: Array, gate: Array) -> tuple[Array, Array]:
-        gate = hard_sigmoid(gate.astype(jnp.promote_types(self.dtype, jnp.float32)))
-        return constrain(h, "batch", "seq", "features"), gate.astype(self.dtype)
+    def _gate(self, x: Array) -> Array:
+        gate = hard_sigmoid(x.astype(jnp.promote_types(self.dtype, jnp.float32)))
+        return gate.astype(self.dtype)
 
     def __call__(
         self,
@@ -371,6 +368,16 @@ class PolynomialMixer(nn.Module):
         if frames is not None and context is not None:
             if query_frames is None or len(query_frames) != len(frames):
                 raise ValueError("a context in frames needs query_frames, as many as frames")
+        alone = context is None and frames is None and query_mask is None
+        alone = alone and segment_ids is None and not causal and not axes and self.groups == 1
+        if alone and not dispatch.must_be_split(x):
+            kernel, _ = self.qc_proj()
+            rows, gate, state = projected_mean(
+                x.astype(self.dtype), kernel, self.po_coeff, weights=weights, state=state,
+                implementation=self.implementation,
+            )  # fmt: skip
+            gate = self._gate(gate + self.se_bias.astype(self.dtype))
+            return self._answer(gate, rows, (x.shape[1],)), state
         h, gate = self.project(constrain(x, "batch", "seq", None), context)
         rotation: Rotation | None = None
         if axes:
