@@ -2,7 +2,8 @@
 
 Paper: JiT, arXiv 2511.13720, with PoM, arXiv 2604.06129 (a very small relative on scikit-learn's
 1,797 digits, 8x8 pixels shown at 16x16).
-Measured: 189 s of CPU time, start to samples; loss 0.126 on held-out digits.
+Measured: 189 s of CPU time, start to samples (524 s by the clock on 2 CPU cores that had much other
+work); loss 0.126 on held-out digits.
 Command: lintime train jit/quickstart
 """
 
