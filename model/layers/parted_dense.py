@@ -29,11 +29,11 @@ def _dot_parts_bwd(ends, operands, parts):
     *operands, bias = operands
     _, pull = jax.vjp(jnp.dot, *operands)
     dy = jnp.concatenate(parts, axis=-1)
-    # of the parts in one array, so that it takes no reading of its own
     if bias is None:
         return *pull(dy), None
+    # of the parts: of all in one array the sums would put it together once more
     zero, axes = np.zeros((), dy.dtype), tuple(range(dy.ndim - 1))
-    return *pull(dy), lax.reduce(dy, zero, lax.add, axes)
+    return *pull(dy), jnp.concatenate([lax.reduce(y, zero, lax.add, axes) for y in parts])
 
 
 _dot_parts.defvjp(
