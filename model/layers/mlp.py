@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 
 import flax.linen as nn
 import jax
@@ -120,8 +121,9 @@ def _gate(a, approximate):
     division, arithmetic took twice as long as reading and writing the tokens.
     """
     if not approximate:
-        return lax.erfc(-np.sqrt(0.5) * a) / 2, jnp.exp(-jnp.square(a) / 2) / np.sqrt(2 * np.pi)
-    root, cubic = np.sqrt(2 / np.pi), 0.044715
+        density = jnp.exp(-jnp.square(a) / 2) / math.sqrt(2 * math.pi)
+        return lax.erfc(-math.sqrt(0.5) * a) / 2, density
+    root, cubic = math.sqrt(2 / math.pi), 0.044715
     g = jnp.square(lax.rsqrt(1 + jnp.exp(-2 * root * a * (1 + cubic * jnp.square(a)))))
     return g, 2 * root * (1 + 3 * cubic * jnp.square(a)) * (g * (1 - g))
 
