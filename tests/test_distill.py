@@ -267,6 +267,15 @@ def test_the_teacher_stays_and_is_nowhere_in_the_checkpoint(whole, dit):
     assert list(meta["fixed"]) == ["teacher"]
 
 
+def test_a_teacher_at_home(whole, dit, monkeypatch):
+    """A path with ~ is one path to whoever checks and to whoever reads the weights."""
+    run, folder = whole
+    monkeypatch.setenv("HOME", str(Path(dit[1]).parent))
+    distill = dataclasses.replace(run.distill, teacher=f"~/{Path(dit[1]).name}")
+    fixed = make_task(dataclasses.replace(run, distill=distill)).fixed_stats()["teacher"]
+    assert_same(fixed, jax.tree.map(np.asarray, averaged(*dit)))
+
+
 def test_the_student_is_a_dit_without_its_teacher(whole, tmp_path, capsys):
     run, folder = whole
     copy = tmp_path / "alone"

@@ -81,7 +81,6 @@ def aggregate(
     frames: Sequence[int] | None = None,
     query_weights: Array | None = None,
     state: PolyState | None = None,
-    epsilon: float = 0.0,
 ) -> tuple[Array, PolyState | None]:
     """a_r = sum of w_n p_n / sum of w_n over the tokens n that row r sees.
 
@@ -97,7 +96,6 @@ def aggregate(
         query_weights: [B, M, N] or [1, M, N] weight of token n for query m: R = M rows, at a cost
             of M N E. Alone, without any of the other arguments.
         state: what was seen before the first token, by every row.
-        epsilon: added to the denominators (1e-7 in the models of arXiv 2411.12663).
 
     Returns:
         rows [B, R, E], R = 1 without causal, frames and query_weights; rows that see no weight are
@@ -114,14 +112,14 @@ def aggregate(
         w = lax.stop_gradient(query_weights.astype(acc))
         matrix, spec = (w[0], "mn,bne->bme") if w.shape[0] == 1 else (w, "bmn,bne->bme")
         rows = jnp.einsum(spec, matrix, p, precision=lax.Precision.HIGHEST)
-        return rows * _share(jnp.sum(w, axis=2), epsilon)[..., None], None
+        return rows * reciprocal(jnp.sum(w, axis=2))[..., None], None
     batch, n, _ = p.shape
     frames = (n,) if frames is None and not causal else frames
     count = counts(n, weights, causal, frames, acc)
     if weights is not None:
         p = spread(lax.stop_gradient(weights.astype(acc)), p) * p
     sums = p if causal else frame_sums(p, frames)
-    return rows_from_sums(prefix_sums(sums), count, state, epsilon)
+    return rows_from_sums(prefix_sums(sums), count, state)
 
 
 def counts(n: int, weights: Array | None, causal: bool, frames, dtype) -> Array:
@@ -135,9 +133,7 @@ def counts(n: int, weights: Array | None, causal: bool, frames, dtype) -> Array:
     return jnp.cumsum(w if causal else frame_sums(w, frames), axis=1)
 
 
-def rows_from_sums(
-    sums: Array, count: Array, state: PolyState | None, epsilon: float = 0.0
-) -> tuple[Array, PolyState]:
+def rows_from_sums(sums: Array, count: Array, state: PolyState | None) -> tuple[Array, PolyState]:
     """Rows and state of `aggregate`.
 
     Args:
@@ -147,16 +143,12 @@ def rows_from_sums(
     if state is not None:
         before = lax.stop_gradient(state.count)[:, None]
         count = before + count
-        share = _share(count, epsilon)[..., None]
+        share = reciprocal(count)[..., None]
         rows = share * sums + (share * before[..., None]) * state.mean[:, None]
     else:
-        rows = sums * _share(count, epsilon)[..., None]
+        rows = sums * reciprocal(count)[..., None]
     last = jnp.broadcast_to(count[:, -1], (sums.shape[0],))
     return rows, PolyState(rows[:, -1], last)
-
-
-def _share(count: Array, epsilon: float) -> Array:
-    return jnp.where(count > 0, reciprocal(count + epsilon), 0) if epsilon else reciprocal(count)
 
 
 def check_form(p, causal, frames, query_weights, weights, state) -> None:

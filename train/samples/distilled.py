@@ -71,8 +71,8 @@ def sample_distilled(
 
 def _models(loaded: LoadedDiffusion) -> Iterator[tuple[str, LoadedDiffusion]]:
     """(what it is, net): one at a time, for each may be large."""
-    place = resolve(loaded.config.distill.teacher, loaded.path)
-    mixer = read_config(Path(place) / "config.json").net.mixer
+    place = Path(resolve(loaded.config.distill.teacher, loaded.path)).expanduser()
+    mixer = read_config(place / "config.json").net.mixer
     yield f"teacher ({mixer})", load(place)
     later: list[tuple[str, Callable[[], LoadedDiffusion]]] = []
     run, path, step = loaded.config, loaded.path, loaded.step
@@ -80,7 +80,7 @@ def _models(loaded: LoadedDiffusion) -> Iterator[tuple[str, LoadedDiffusion]]:
     while True:
         how = "layer by layer" if run.distill.layers else "end to end"
         later.insert(0, (f"{how}, {step} updates", open_run))
-        before = Path(resolve(run.init_from, path)) if run.init_from else None
+        before = Path(resolve(run.init_from, path)).expanduser() if run.init_from else None
         if before is None or not (before / "config.json").is_file():
             break
         start = read_config(before / "config.json")
