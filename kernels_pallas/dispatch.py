@@ -40,7 +40,7 @@ IMPLEMENTATIONS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "causal_conv1d": _EVERYWHERE,
     "selective_scan": _EVERYWHERE,
     "ssd": _EVERYWHERE,
-    "poly_mix": _GPU_KERNEL,
+    "poly_mix": _EVERYWHERE,
     "ssd_decode": _GPU_KERNEL,
 }
 
