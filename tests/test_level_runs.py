@@ -175,6 +175,9 @@ def test_videos_are_drawn_frame_by_frame(videos):
         ("net.mixer=pom", "hom or attention"),
         ("net.input_size=16", "set net.input_size=8"),
         ("net.class_dropout=0 sample.guidance=2", "net.class_dropout=0"),
+        ("net.resize_by_count=true", "with positions=harmonic"),
+        ("net.num_classes=0 net.class_dropout=0 sample.guidance=1", "no class is left"),
+        ("net.mlp_ratio=0.001", "net.mlp_ratio=0.001 leaves the MLP no channel of net.d_model"),
         ("ema.decay=0 ema.interval=2", "without ema.decay there is no average"),
     ],
 )
@@ -190,7 +193,9 @@ def test_what_does_not_fit_is_refused(override, words):
         ("sample.frames=3", "set sample.frames=4"),
         ("sample.stream=false sample.frames=8", "set sample.stream=true"),
         ("sample.guidance_interval=0,0.5", "a stream guides all channels"),
-        ("net.num_classes=0", "the net reads the features of texts"),
+        ("net.num_classes=0", "the net reads the features of texts.*set net.num_classes"),
+        ("net.context_dim=0", "set net.context_dim="),
+        ("net.input_width=16", "8 x 16 and 3; set .* net.input_width=0"),
         ("net.frames=6", "set net.frames=4"),
     ],
 )

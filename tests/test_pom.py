@@ -134,6 +134,19 @@ def test_nothing_to_see_is_the_bias():
     assert not grads[0].any() and grads[1, :2].any() and not grads[1, 2:].any()
 
 
+@pytest.mark.parametrize("query_frames", [(0, 2, 0), (0, 1, 1), (1, 0, 0), (0, 0, 12)])
+@pytest.mark.parametrize("heads", [1, 4])
+def test_frames_without_queries(query_frames, heads):
+    """Queries see the frames up to their own, also where there are no more of them than frames."""
+    mixer, params = made(heads=heads)
+    frames, queries = (2, 1, 3), sum(query_frames)
+    options = {"context": tokens(6, seed=1), "frames": frames}
+    got = call(mixer, params, tokens(queries), query_frames=query_frames, **options)
+    ends = np.repeat(np.cumsum(frames), query_frames)
+    matrix = jnp.asarray(np.arange(6) < ends[:, None], jnp.float32)[None]
+    close(got, call(mixer, params, tokens(queries), context=options["context"], query_mask=matrix))
+
+
 def test_documents_in_a_row():
     """Packed documents mix as each alone, both ways."""
     for causal in (False, True):
@@ -277,6 +290,11 @@ def test_wrong_files_are_refused(change, message):
         ({}, {"query_frames": (T,)}, "query_frames go with a context"),
         ({}, {"context": tokens(3), "segment_ids": np.ones((B, T))}, "say nothing about a context"),
         ({}, {"context": tokens(3), "frames": (1, 2)}, "needs query_frames"),
+        (
+            {},
+            {"context": tokens(3), "frames": (1, 2), "query_frames": (13, -1)},
+            "not lengths that add up to 12",
+        ),
         ({"causal": True}, {"context": tokens(3)}, "3 rows of the mask for 12 queries"),
         ({"degree": 0}, {}, "must be at least 1"),
     ],

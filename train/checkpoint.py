@@ -37,7 +37,7 @@ class Checkpoints:
     """
 
     def __init__(self, run_dir: str | Path, config: Checkpoint | None = None):
-        self.folder = (Path(run_dir) / FOLDER).absolute()
+        self.folder = (Path(run_dir).expanduser() / FOLDER).absolute()
         if config is None and not self.folder.is_dir():
             raise UserError(
                 f"{run_dir} holds no checkpoints; train there first or name another run"

@@ -147,7 +147,7 @@ _RANGES = (
     ),
     ("in (0, 1]", lambda v: 0 < v <= 1, "sample.top_p"),
     ("in [0, 1]", lambda v: 0 <= v <= 1, "optim.final process.powerful_share"),
-    ("> 0", lambda v: v > 0, "data.scaling_factor net.mlp_ratio sample.clip_to"),
+    ("> 0", lambda v: v > 0, "data.scaling_factor net.mlp_ratio net.rope_base sample.clip_to"),
     (">= 1", lambda v: v >= 1, "data.resize data.images.resize"),
     ("> 1", lambda v: v > 1, "net.pe_lam"),
     (

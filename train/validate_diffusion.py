@@ -31,6 +31,11 @@ def check_diffusion(run: Run) -> None:
     check_divides(f"{at}.input_size", net.input_size, f"{at}.patch_size", net.patch_size)
     if net.frames:
         check_divides(f"{at}.frames", net.frames, f"{at}.patch_frames", net.patch_frames)
+    if net.d_intermediate < 1:
+        raise UserError(
+            f"{at}.mlp_ratio={net.mlp_ratio:g} leaves the MLP no channel of {at}.d_model="
+            f"{net.d_model}; set a larger one"
+        )
     _check_guidance(run, net, at)
     try:
         CHECKS[type(net)](run, net, at)
@@ -93,6 +98,16 @@ def _check_video_dih(run: Run, net: TextVideoDiHConfig, at: str) -> None:
     """Raises ValueError or UserError for sizes of a TextVideoDiH that cannot be."""
     _check_width(net, at, 8, "frames, rows and columns")
     _check_levels(run, net, at)
+    if not net.num_classes:
+        raise UserError(
+            f"{at}.num_classes=0: the net reads the features of texts, but videos come with "
+            f"classes alone; set {at}.num_classes"
+        )
+    if not net.context_dim:
+        raise UserError(
+            f"{at}.context_dim=0, but a class is a token of that many features; set "
+            f"{at}.context_dim=64 or more"
+        )
     if run.sample.stream and not net.block_causal:
         raise UserError(
             "sample.stream=true draws frame by frame, but frames of this net see later ones; set "
@@ -218,11 +233,13 @@ def _check_frames(run: Run, net: Sizes, at: str) -> None:
     """Whether net, data and samples agree about videos."""
     data, videos = run.data, isinstance(run.data, VideoData)
     if videos and net.shape != (data.frames, data.size, data.size, 3):
+        width = getattr(net, "input_width", 0)
         raise UserError(
             f"videos have data.frames={data.frames} frames of data.size={data.size} pixels and 3 "
-            f"channels, the net takes {net.frames or 'no'} frames, {net.input_size} and "
-            f"{net.in_channels}; set {at}.frames={data.frames} {at}.input_size={data.size} "
-            f"{at}.in_channels=3"
+            f"channels, the net takes {net.frames or 'no'} frames, {net.input_size}"
+            f"{f' x {width}' if width else ''} and {net.in_channels}; set "
+            f"{at}.frames={data.frames} {at}.input_size={data.size} {at}.in_channels=3"
+            f"{f' {at}.input_width=0' if width else ''}"
         )
     if net.frames and not videos:
         raise UserError(

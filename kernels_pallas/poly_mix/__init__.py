@@ -146,7 +146,8 @@ def projected_mean(
     those of x and W take one matmul each.
 
     Args:
-        x: [B, N, d]. kernel: [d, E + S], W_h first; of x's dtype.
+        x: [B, N, d], finite also at weight 0: it is multiplied by gradients of 0.
+        kernel: [d, E + S], W_h first; of x's dtype.
         coeff, weights, state, implementation: as for `poly_mix`.
 
     Returns:

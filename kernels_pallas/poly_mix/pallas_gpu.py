@@ -6,7 +6,7 @@ the tokens serially. Tiles [tokens, 256] arrive through the bulk copy engine, a 
 leave by it, too. Tokens are cut into as many chunks as fill the chip, in two passes without
 atomics: sums of the chunks; then every chunk from the sums before it.
 
-Bytes of h's elements over HBM, 16 bit: mean forward 2, backward 4 (XLA's, elementwise); causal
+Bytes of h's elements over HBM, 16 bit: mean forward 2, backward 4 (elementwise); causal
 forward 4 and in chunks 6, backward 6 and in chunks 8, with gates by head 10 (a . dy, which XLA adds
 up within heads, leaves as well).
 """

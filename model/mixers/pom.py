@@ -251,7 +251,8 @@ class PolynomialMixer(nn.Module):
             context_positions: of the context; None counts from 0 ("1d").
             frames: lengths of the frames in which the tokens come: block-causal mixing, frame f
                 sees the frames up to f.
-            query_frames: lengths of the queries' frames, where a context is given.
+            query_frames: lengths of the queries' frames, where a context is given; 0 for a frame
+                that none of them is in.
             query_mask: [B, T, N] or [1, T, N] weight of each token for each query, instead of all
                 other masks. At quadratic cost.
 
@@ -405,8 +406,8 @@ class PolynomialMixer(nn.Module):
         queries = x.shape[1]
         blocks = query_frames or frames
         blocks = (queries,) if blocks is None else tuple(blocks)
-        if sum(blocks) != queries:
-            raise ValueError(f"query_frames {blocks} do not add up to {queries} queries")
+        if sum(blocks) != queries or min(blocks) < 0:
+            raise ValueError(f"query_frames {blocks} are not lengths that add up to {queries}")
         if per_token:
             if rows.shape[1] not in (1, queries):
                 raise ValueError(f"{rows.shape[1]} rows of the mask for {queries} queries")
@@ -427,12 +428,12 @@ class PolynomialMixer(nn.Module):
                 part = gate[:, start : start + length * number]
                 part = part.reshape(batch, number, length, heads)
                 part = matmul("brth,brhd->brtd", part, values[:, row : row + number])
-                parts.append(part.reshape(batch, number * length, -1))
+                parts.append(part.reshape(batch, number * length, self.features))
                 row, start = row + number, start + length * number
             y = parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1)
             y = y.astype(self.dtype)
         else:
-            if 1 < count < queries:
+            if count > 1 and blocks != (1,) * count:
                 by_head = repeat_frames(by_head, blocks)
             selected = gate[..., None] * by_head
             return self._out(selected.reshape(batch, queries, width))

@@ -82,6 +82,13 @@ def check_dih(config: DiHConfig) -> None:
             f"registers={config.registers} with positions={config.positions}; registers need "
             "positions=learned"
         )
+    if config.resize_by_count and config.positions != "learned":
+        raise ValueError(
+            f"resize_by_count=true with positions={config.positions}, whose table is computed for "
+            "every shape; leave it out"
+        )
+    if not config.num_classes and not config.class_dropout:
+        raise ValueError("num_classes=0 and class_dropout=0: no class is left; set num_classes=1")
 
 
 def resize_table(table: Array, grid: tuple[int, int], new: tuple[int, int]) -> Array:
