@@ -71,3 +71,45 @@ def unpatchify(tokens: Array, patch: Patch, grid: Sequence[int]) -> Array:
     x = tokens.reshape(batch, *grid, *sides, -1)
     order = (0, *(k for i in range(axes) for k in (1 + i, 1 + axes + i)), 2 * axes + 1)
     return x.transpose(order).reshape(batch, *(n * p for n, p in zip(grid, sides)), -1)
+
+
+class SquareImages:
+    """What follows from the fields input_size, patch_size and in_channels of a net's config.
+
+    For nets of square images by class, which read neither texts nor videos.
+    """
+
+    context, frames = "none", 0  # not fields
+
+    @property
+    def out_channels(self) -> int:
+        """Channels of the output: C."""
+        return self.in_channels
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(H, W, C) of an image."""
+        return (self.input_size, self.input_size, self.in_channels)
+
+    @property
+    def patch(self) -> int:
+        """p."""
+        return self.patch_size
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Patches (h, w) of an image.
+
+        Raises:
+            ValueError: patch_size does not divide input_size.
+        """
+        if self.patch_size < 1 or self.input_size % self.patch_size:
+            raise ValueError(
+                f"patch_size={self.patch_size} does not divide input_size={self.input_size}"
+            )
+        return (self.input_size // self.patch_size,) * 2
+
+    @property
+    def tokens(self) -> int:
+        """T, patches of an image."""
+        return math.prod(self.grid)

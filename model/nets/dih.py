@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from ..layers.patches import patchify, unpatchify
+from ..layers.patches import SquareImages, patchify, unpatchify
 from ..layers.unit_positions import WAVES, unit_positions
 from ..partition import constrain
 from .dih_block import DiHFinal, DiHTimeEmbedder, draw_drop, scanned_blocks
@@ -25,7 +25,7 @@ POSITIONS = (*WAVES, "learned")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DiHConfig:
+class DiHConfig(SquareImages):
     """DiH; the defaults are DiH-XL/2 for 256 x 256 images.
 
     Attributes:
@@ -64,41 +64,6 @@ class DiHConfig:
     registers: int = 0
     clamp: float = 0.0
     resize_by_count: bool = False
-
-    context, frames = "none", 0  # neither texts nor videos; not fields
-
-    @property
-    def out_channels(self) -> int:
-        """Channels of the output: C."""
-        return self.in_channels
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """(H, W, C) of the images that the net is for; it takes others, too."""
-        return (self.input_size, self.input_size, self.in_channels)
-
-    @property
-    def patch(self) -> int:
-        """p."""
-        return self.patch_size
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        """Tokens (h, w) of an image of input_size.
-
-        Raises:
-            ValueError: patch_size does not divide input_size.
-        """
-        if self.patch_size < 1 or self.input_size % self.patch_size:
-            raise ValueError(
-                f"patch_size={self.patch_size} does not divide input_size={self.input_size}"
-            )
-        return (self.input_size // self.patch_size,) * 2
-
-    @property
-    def tokens(self) -> int:
-        """T, tokens of an image of input_size, without registers."""
-        return math.prod(self.grid)
 
     @property
     def d_intermediate(self) -> int:

@@ -10,7 +10,6 @@ as it is, and 1 is the clean image.
 from __future__ import annotations
 
 import dataclasses
-import math
 
 import flax.linen as nn
 import jax
@@ -20,7 +19,7 @@ from jax import Array
 
 from ...kernels_pallas.matmul import matmul
 from ..layers.conditioning import ModulatedRMSNorm, ModulationHead, gated_add
-from ..layers.patches import patchify, unpatchify
+from ..layers.patches import SquareImages, patchify, unpatchify
 from ..layers.positions import sincos_positions
 from ..layers.swiglu import SwiGLU
 from ..mixers.pom import PolynomialMixer
@@ -34,7 +33,7 @@ SIZES = {"B": (12, 768, 12, 128, 4), "L": (24, 1024, 16, 128, 8), "H": (32, 1280
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class JiTConfig:
+class JiTConfig(SquareImages):
     """JiT; the defaults are JiT-B/16 for 256 x 256 images.
 
     Attributes:
@@ -69,41 +68,6 @@ class JiTConfig:
     class_dropout: float = 0.1
     context_tokens: int = 32
     context_start: int = 4
-
-    context, frames = "none", 0  # neither texts nor videos; not fields
-
-    @property
-    def out_channels(self) -> int:
-        """Channels of the output: C."""
-        return self.in_channels
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """(H, W, C) of an image."""
-        return (self.input_size, self.input_size, self.in_channels)
-
-    @property
-    def patch(self) -> int:
-        """p."""
-        return self.patch_size
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        """Patches (h, w) of an image.
-
-        Raises:
-            ValueError: patch_size does not divide input_size.
-        """
-        if self.patch_size < 1 or self.input_size % self.patch_size:
-            raise ValueError(
-                f"patch_size={self.patch_size} does not divide input_size={self.input_size}"
-            )
-        return (self.input_size // self.patch_size,) * 2
-
-    @property
-    def tokens(self) -> int:
-        """T, patches of an image."""
-        return math.prod(self.grid)
 
     @property
     def d_intermediate(self) -> int:

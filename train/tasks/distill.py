@@ -81,12 +81,12 @@ class DistillTask(DiffusionTask):
         if not self.run.distill.layers:
             return train
         names = {True: "mixers", False: "rest"}
-        label = lambda params: jax.tree.map(names.__getitem__, is_mixer(params, self.run.net))
+        label = lambda params: jax.tree.map(names.__getitem__, is_mixer(params, self.sizes))
         return optax.partition({"mixers": train, "rest": optax.set_to_zero()}, label)
 
     def frozen_flops(self):
         """The teacher's; layer by layer the blocks' frozen parts count as if they were trained."""
-        shape, rows = self.run.net.shape, self.run.batch_size
+        shape, rows = self.sizes.shape, self.run.batch_size
         x = jax.ShapeDtypeStruct((rows, *shape), "float32")
         labels = jax.ShapeDtypeStruct((rows,), "int32")
         net = DiT(self.teacher.net)
@@ -98,10 +98,10 @@ class DistillTask(DiffusionTask):
         """Weights of this net, or those of a DiT with other mixers, beside new mixers."""
         saved = Path(path).expanduser() / "config.json"
         old = read_config(saved).net if saved.is_file() else None
-        if not isinstance(old, DiTConfig) or same_mixers(old, self.run.net):
+        if not isinstance(old, DiTConfig) or same_mixers(old, self.sizes):
             return super()._restored(path, wanted)
         try:
-            check_replacement(old, self.run.net)
+            check_replacement(old, self.sizes)
         except ValueError as error:
             raise UserError(f"net: {error}") from error
         mesh = jax.tree.leaves(wanted)[0].sharding.mesh
@@ -113,19 +113,19 @@ class DistillTask(DiffusionTask):
             abstract, parameter_shardings(abstract, mesh),
         )  # fmt: skip
         kept = restore_inference(path, {"params": abstract, "stats": {}})["params"]
-        name = mixer_name(self.run.net)
+        name = mixer_name(self.sizes)
         fresh = jax.jit(
             lambda key: new_mixers(self.run, key),
             out_shardings=jax.tree.map(lambda a: a.sharding, wanted["params"]["blocks"][name]),
         )(jax.random.key(self.run.seed))
-        params = replace_mixers(kept, {"blocks": {name: fresh}}, old, self.run.net)
+        params = replace_mixers(kept, {"blocks": {name: fresh}}, old, self.sizes)
         return {"params": params, "stats": {}}
 
     def _losses(self, params, stats, x, told, t, noise, rngs):
         distill, process = self.run.distill, self.run.process
         # One draw for both nets: what is dropped is decided here, not in them.
-        if rngs and self.run.net.class_dropout:
-            drop = jax.random.bernoulli(rngs["dropout"], self.run.net.class_dropout, t.shape)
+        if rngs and self.sizes.class_dropout:
+            drop = jax.random.bernoulli(rngs["dropout"], self.sizes.class_dropout, t.shape)
             told = {**told, "drop": drop}
         teacher = DiT(self.teacher.net, self.dtype, unroll=self.run.precision.unroll)
         made = {}
@@ -145,7 +145,7 @@ class DistillTask(DiffusionTask):
         target = made["teacher"]
         if distill.layers:
             frozen = lambda a, train: a if train else jax.lax.stop_gradient(a)
-            params = jax.tree.map(frozen, params, is_mixer(params, self.run.net))
+            params = jax.tree.map(frozen, params, is_mixer(params, self.sizes))
             outputs = self.net.apply(
                 {"params": params}, target.inputs, made["time"], **told, method=DiT.each_block
             )
