@@ -243,7 +243,8 @@ class PolynomialMixer(nn.Module):
             x: [B, T, d] queries, and tokens too unless a context is given.
             context: [B, N, d] tokens instead of x.
             context_mask, mask: [B, N] weights of the tokens of the context, of x: bool, integer or
-                float, 0 for padding. Queries of weight 0 are answered like the others.
+                float, 0 for padding. Queries of weight 0 are answered like the others, so that x
+                is finite there, too; beside a context, mask says nothing.
             positions: with rope: [T] or [B, T] ("1d"; None counts from 0), [T, 2] or [B, T, 2]
                 rows and columns ("2d"; needed).
             segment_ids: [B, T] document ids; tokens see their document. At linear cost
@@ -254,7 +255,7 @@ class PolynomialMixer(nn.Module):
             query_frames: lengths of the queries' frames, where a context is given; 0 for a frame
                 that none of them is in.
             query_mask: [B, T, N] or [1, T, N] weight of each token for each query, instead of all
-                other masks. At quadratic cost.
+                other masks and `causal`. At quadratic cost.
 
         Returns:
             y [B, T, d] in `dtype`, and {} (no auxiliary losses). A query that sees nothing gets the
